@@ -1,0 +1,1 @@
+"""From folders and timm's data sets to batches."""

@@ -1,0 +1,132 @@
+"""Loaders and mixup from the configuration."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from timm.data import IterableImageDataset, Mixup
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from data.datasets import ImageSamples, ImageStream, check_same_classes, map_classes, open_split
+from data.samplers import EvalSampler, TrainBatchSampler
+from data.transforms import eval_transform, image_mode, train_transform
+from utils.config import mixes
+from utils.dist import World
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Training batches of this rank.
+
+    Attributes:
+        loader: Gives (images [B, C, H, W], class numbers [B]).
+        classes: Class names by number, or None where the data does not tell.
+        steps_per_epoch: Batches of an epoch.
+    """
+
+    loader: DataLoader
+    classes: list[str] | None
+    steps_per_epoch: int
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the loader gives out next."""
+        giver = self.loader.dataset if isinstance(self.loader.dataset, ImageStream) else self.loader.batch_sampler
+        giver.set_epoch(epoch)
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """Evaluation batches of this rank: every image on exactly one rank, once.
+
+    Attributes:
+        loader: Gives (images [B, C, H, W], class numbers [B]).
+        classes: Class names of the data by number, or None where it does not tell.
+        images: Images over all ranks, or 0 where a stream does not tell.
+    """
+
+    loader: DataLoader
+    classes: list[str] | None
+    images: int
+
+
+def build_train_data(config: CfgNode, world: World) -> TrainData:
+    """Training data.
+
+    Raises:
+        UserError: If the data is missing, or an epoch has no update.
+    """
+    data, transform, mode = config.DATA, train_transform(config), image_mode(config)
+    source = open_split(config, data.TRAIN_SPLIT, is_training=True)
+    if isinstance(source, IterableImageDataset):
+        source.set_loader_cfg(num_workers=data.NUM_WORKERS)
+        stream = ImageStream(source, transform, mode, world, config.SEED)
+        loader = DataLoader(stream, data.BATCH_SIZE, drop_last=True, **_loader_settings(config))
+        classes, images, steps = stream.classes, len(stream) * world.size, len(stream) // data.BATCH_SIZE
+    else:
+        sampler = TrainBatchSampler(
+            len(source), data.BATCH_SIZE, world.rank, world.size, config.SEED, config.AUG.REPEATS
+        )
+        samples = ImageSamples(source, transform, mode)
+        loader = DataLoader(samples, batch_sampler=sampler, **_loader_settings(config))
+        classes, images, steps = source.classes, len(source), len(sampler)
+    if steps == 0:
+        raise UserError(
+            f"an epoch has no update: {images} training images do not fill a batch of {data.BATCH_SIZE} "
+            f"on each of {world.size} rank(s): lower --batch-size"
+        )
+    return TrainData(loader, classes, steps)
+
+
+def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_classes: int | None) -> EvalData:
+    """Validation data, its classes numbered as the network numbers them.
+
+    Args:
+        config: The configuration.
+        world: This process among all.
+        known: Class names of the network by number, where they are known.
+        num_classes: Number of classes of the network; None to take the data's.
+
+    Raises:
+        UserError: If the data is missing or has classes that the network does not know.
+    """
+    data, transform, mode = config.DATA, eval_transform(config), image_mode(config)
+    source = open_split(config, data.VAL_SPLIT, is_training=False)
+    if isinstance(source, IterableImageDataset):
+        source.set_loader_cfg(num_workers=data.NUM_WORKERS)
+        stream = ImageStream(source, transform, mode, world, seed=None)
+        if stream.classes is not None and known is not None:
+            check_same_classes(known, stream.classes)
+        loader = DataLoader(stream, data.BATCH_SIZE, **_loader_settings(config))
+        return EvalData(loader, stream.classes, source.reader.num_samples or 0)
+    to_class = map_classes(source.classes, known, num_classes or len(source.classes or []))
+    samples = ImageSamples(source, transform, mode, to_class)
+    sampler = EvalSampler(len(source), world.rank, world.size)
+    loader = DataLoader(samples, data.BATCH_SIZE, sampler=sampler, **_loader_settings(config))
+    return EvalData(loader, source.classes, len(source))
+
+
+def _loader_settings(config: CfgNode) -> dict[str, Any]:
+    workers = config.DATA.NUM_WORKERS
+    return {
+        "num_workers": workers,
+        "pin_memory": config.DATA.PIN_MEMORY and config.DEVICE != "cpu",
+        "persistent_workers": workers > 0,
+    }
+
+
+def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, with label smoothing in the mixed targets, or None where both are off."""
+    if not mixes(config):
+        return None
+    aug = config.AUG
+    return Mixup(
+        mixup_alpha=aug.MIXUP,
+        cutmix_alpha=aug.CUTMIX,
+        cutmix_minmax=aug.CUTMIX_MINMAX,
+        prob=aug.MIXUP_PROB,
+        switch_prob=aug.MIXUP_SWITCH_PROB,
+        mode=aug.MIXUP_MODE,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
+        num_classes=num_classes,
+    )

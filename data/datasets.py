@@ -1,0 +1,298 @@
+"""Folders and timm's data sets -> samples of (image tensor, class number), with the class names checked.
+
+A *source* gives PIL images and class numbers, and knows its class names where they can be told; `ImageSamples` and
+`ImageStream` decode, convert and transform what sources give.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from timm.data import IterableImageDataset, create_dataset
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torchvision.datasets import ImageFolder
+from yacs.config import CfgNode
+
+from data.samplers import SampleKey
+from data.transforms import Transform
+from utils.dist import World
+from utils.errors import UserError, listing
+from utils.seeding import number_for, seed_everything
+
+_FOLDER_NAMES = ("folder", "imagenet")  # the published configurations call an ImageNet folder 'imagenet'
+_TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+
+
+class Source(Protocol):
+    """Images with class numbers, in a fixed order.
+
+    Attributes:
+        classes: Names by class number, or None where the data does not tell.
+    """
+
+    classes: list[str] | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """An image, perhaps not decoded yet, and its class number."""
+
+    def name(self, index: int) -> str:
+        """What to call a sample in an error."""
+
+
+class FolderSource:
+    """An ImageNet folder, root/<class>/**/<image>, classes in the order of their names.
+
+    Args:
+        root: The folder of one split.
+
+    Raises:
+        UserError: If the folder is missing or holds no classes, or a class no images.
+    """
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise UserError(f"{root} is no folder: put images in {root}/<class>/, or name another --data-path")
+        try:
+            self._folder = ImageFolder(str(root))
+        except FileNotFoundError as error:
+            raise UserError(f"{root}: {str(error).splitlines()[0].rstrip('.')}: add images or remove it") from None
+        self.classes: list[str] | None = self._folder.classes
+
+    def __len__(self) -> int:
+        return len(self._folder.samples)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Opens a file."""
+        path, target = self._folder.samples[index]
+        return Image.open(path), target
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return self._folder.samples[index][0]
+
+
+class TimmSource:
+    """What timm's `create_dataset` reads with random access: tar files, Hugging Face and torchvision data sets."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._reader = getattr(dataset, "reader", None)  # torchvision's data sets have none
+        self.classes = class_names(dataset)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """An image as timm's reader or torchvision gives it."""
+        if self._reader is None:
+            image, target = self._dataset[index]
+            return image, int(target)
+        file, target = self._reader[index][:2]  # not through the data set, which puts another image for a broken one
+        return Image.open(file), int(target)
+
+    def name(self, index: int) -> str:
+        """What the reader calls the sample."""
+        return self._reader.filename(index) if self._reader is not None else f"sample {index}"
+
+
+def class_names(dataset: Any) -> list[str] | None:
+    """Names by class number, of a data set of timm or torchvision, or None where it does not tell."""
+    if names := getattr(dataset, "classes", None):
+        return list(map(str, names))
+    numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    if not numbers:
+        return None
+    return [str(name) for name, _ in sorted(numbers.items(), key=lambda item: item[1])]
+
+
+class ImageSamples(Dataset):
+    """Samples with random access.
+
+    Args:
+        source: The images.
+        transform: PIL image of the given mode -> tensor [C, H, W].
+        mode: PIL's mode.
+        to_class: Class number of the source -> class number of the network; the same if None.
+    """
+
+    def __init__(self, source: Source, transform: Transform, mode: str, to_class: Sequence[int] | None = None) -> None:
+        self.source, self._transform, self._mode, self._to_class = source, transform, mode, to_class
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: SampleKey | int) -> tuple[Tensor, int]:
+        """A sample by its index, or by its index and the seed of its augmentation.
+
+        Raises:
+            UserError: If the image is broken: no part of an image is ever given out.
+        """
+        index = key
+        if isinstance(key, tuple):
+            index, seed = key
+            seed_everything(seed)
+        try:
+            image, target = self.source.read(index)
+            image = image.convert(self._mode)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{self.source.name(index)} is broken ({reason}): mend or remove it") from None
+        return self._transform(image), self._to_class[target] if self._to_class else target
+
+
+class ImageStream(IterableDataset):
+    """Samples in the order in which timm's streaming readers give them (WebDataset, TFDS, streamed Hugging Face sets).
+
+    In training timm deals the shards out to ranks and workers. In evaluation every rank reads the whole stream and
+    keeps every rank-th sample, so that each counts once on any number of ranks.
+
+    Args:
+        dataset: timm's.
+        transform: PIL image of the given mode -> tensor [C, H, W].
+        mode: PIL's mode.
+        world: This process among all.
+        seed: The run's seed in training; None for evaluation.
+    """
+
+    def __init__(
+        self, dataset: IterableImageDataset, transform: Transform, mode: str, world: World, seed: int | None
+    ) -> None:
+        self.dataset, self._transform, self._mode, self._world, self._seed = dataset, transform, mode, world, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers outlive an epoch and must see it
+        self.classes = class_names(dataset)
+        if seed is None:
+            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that is given out next."""
+        self._epoch.fill_(epoch)
+        self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        info = get_worker_info()
+        worker = info.id if info else 0
+        for count, (image, target) in enumerate(self.dataset):
+            if self._seed is not None:
+                where = (int(self._epoch), self._world.rank, worker, count)
+                seed_everything(number_for(self._seed, "augment stream", *where))
+            elif count % self._world.size != self._world.rank:
+                continue
+            yield self._transform(image.convert(self._mode)), int(target)
+
+
+def open_split(config: CfgNode, split: str, is_training: bool) -> FolderSource | TimmSource | IterableImageDataset:
+    """A split of the configured data set.
+
+    Args:
+        config: The configuration.
+        split: Its name: a folder, a tar file's stem, or what timm's reader calls a split.
+        is_training: Whether it is read for training.
+
+    Raises:
+        UserError: If there is no such data.
+    """
+    name, root = config.DATA.DATASET, config.DATA.DATA_PATH
+    if not root and not name.startswith(("hfds/", "hfids/", "tfds/")):
+        raise UserError("DATA.DATA_PATH is empty: name the data with --data-path")
+    if name in _FOLDER_NAMES:
+        if not Path(root).is_dir():
+            raise UserError(
+                f"{root} is no folder: --data-path must hold {config.DATA.TRAIN_SPLIT}/ and {config.DATA.VAL_SPLIT}/"
+            )
+        return FolderSource(Path(root) / split)
+    if name == "tar":
+        path = Path(root) / f"{split}.tar"
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: DATA.DATASET tar needs a tar file of class folders for each split")
+        return TimmSource(create_dataset("", root=str(path)))
+    if not name.lower().startswith(_TIMM_PREFIXES):
+        raise UserError(
+            f"DATA.DATASET is {name!r}: choose folder, tar, or timm's name of a data set, after one of "
+            + ", ".join(_TIMM_PREFIXES)
+        )
+    try:
+        dataset = create_dataset(
+            name,
+            root=root or None,
+            split=split,
+            is_training=is_training,
+            batch_size=config.DATA.BATCH_SIZE,
+            seed=config.SEED,
+        )
+    except (ImportError, RuntimeError, ValueError, AssertionError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"DATA.DATASET {name}, split {split}, cannot be opened under '{root}': {reason}") from None
+    return dataset if isinstance(dataset, IterableImageDataset) else TimmSource(dataset)
+
+
+def count_classes(config: CfgNode, classes: list[str] | None) -> int:
+    """The number of classes, from the data, checked against the configuration.
+
+    Raises:
+        UserError: If they disagree, or neither tells.
+    """
+    configured = config.MODEL.GMA.NUM_CLASSES
+    if classes is None and configured == 0:
+        raise UserError(f"DATA.DATASET {config.DATA.DATASET} does not tell its classes: set MODEL.GMA.NUM_CLASSES")
+    if classes is not None and configured not in (0, len(classes)):
+        raise UserError(
+            f"the data has {len(classes)} classes but MODEL.GMA.NUM_CLASSES is {configured}: "
+            f"add --opts MODEL.GMA.NUM_CLASSES {len(classes)}, or mend the folders"
+        )
+    return configured or len(classes or [])
+
+
+def check_same_classes(train: list[str] | None, val: list[str] | None) -> None:
+    """Refuses training and validation data of different classes.
+
+    Raises:
+        UserError: Naming classes that only one of them has.
+    """
+    if train == val or train is None or val is None:
+        return
+    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+    sides = [
+        f"only in {split}: {listing(names)}"
+        for split, names in (("training", only_train), ("validation", only_val))
+        if names
+    ]
+    reason = "; ".join(sides) or "the same ones in another order"
+    raise UserError(f"training and validation classes differ ({reason}): make the folders agree")
+
+
+def map_classes(found: list[str] | None, known: list[str] | None, num_classes: int) -> list[int] | None:
+    """Class numbers of a network for the classes of a data set, by name.
+
+    Args:
+        found: Class names of the data.
+        known: Class names of the network, if its checkpoint tells them.
+        num_classes: Number of classes of the network.
+
+    Returns:
+        The network's number of each class of the data; None where both number them alike.
+
+    Raises:
+        UserError: If the data has a class that the network does not know, or the names cannot be matched.
+    """
+    if found is None or found == known:
+        return None
+    if known is None:
+        if len(found) != num_classes:
+            raise UserError(
+                f"the data has {len(found)} classes, the network {num_classes}, and the checkpoint does not name them: "
+                "score it on data of all its classes"
+            )
+        return None
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        raise UserError(f"the checkpoint does not know the classes {listing(unknown)}: remove their folders")
+    numbers = {name: number for number, name in enumerate(known)}
+    return [numbers[name] for name in found]

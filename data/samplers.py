@@ -1,0 +1,63 @@
+"""Which samples, in which order, on which rank."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from utils.seeding import number_for
+
+SampleKey = tuple[int, int]  # (index in the data set, seed of the augmentation)
+
+
+class TrainBatchSampler(Sampler[list[SampleKey]]):
+    """This rank's micro-batches of an epoch, in an order that depends on (seed, epoch) only.
+
+    Each micro-batch over all ranks is the next `batch_size * ranks` samples of the order, dealt out in turn. Samples
+    that do not fill the last one are left out, others each epoch.
+
+    Args:
+        length: Samples in the data set.
+        batch_size: Samples of a micro-batch on each rank.
+        rank: This rank.
+        ranks: Number of ranks.
+        seed: The run's seed.
+        repeats: Above 1, repeated augmentation: an epoch has 1/repeats of the samples, each that many times in a row
+            and so mostly on different ranks, augmented differently (https://arxiv.org/abs/1901.09335).
+    """
+
+    def __init__(self, length: int, batch_size: int, rank: int, ranks: int, seed: int, repeats: int = 1) -> None:
+        self._length, self._batch_size, self._rank, self._ranks = length, batch_size, rank, ranks
+        self._seed, self._repeats = seed, repeats
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that is given out next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length // (self._batch_size * self._ranks)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        generator = torch.Generator().manual_seed(number_for(self._seed, "order", self.epoch))
+        order = torch.randperm(self._length, generator=generator).tolist()
+        batch = self._batch_size * self._ranks
+        for start in range(0, len(self) * batch, batch):
+            yield [self._key(order, place) for place in range(start + self._rank, start + batch, self._ranks)]
+
+    def _key(self, order: list[int], place: int) -> SampleKey:
+        index, copy = order[place // self._repeats], place % self._repeats
+        return index, number_for(self._seed, "augment", self.epoch, index, copy)
+
+
+class EvalSampler(Sampler[int]):
+    """Every rank-th sample from this rank's number on: each sample on exactly one rank, none twice."""
+
+    def __init__(self, length: int, rank: int, ranks: int) -> None:
+        self._indices = range(rank, length, ranks)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)

@@ -1,0 +1,95 @@
+"""Configuration -> network, and weights loaded strictly."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models._manipulate import adapt_input_conv
+from torch import Tensor
+from yacs.config import CfgNode
+
+from models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
+from utils.errors import UserError, listing
+
+_INPUT_CONV, _HEAD = "stem.conv1.weight", ("head.fc.weight", "head.fc.bias")
+
+
+def build_model(config: CfgNode, num_classes: int) -> GroupMixFormer:
+    """The configured network with fresh weights.
+
+    Raises:
+        UserError: If the settings cannot make a network.
+    """
+    gma = config.MODEL.GMA
+    try:
+        model = GroupMixFormer(
+            in_chans=gma.IN_DIM,
+            num_classes=num_classes,
+            embed_dims=gma.EMBEDDING_DIMS,
+            depths=gma.SERIAL_DEPTHS,
+            mlp_ratios=gma.MLP_RATIOS,
+            num_heads=gma.NUM_HEADS,
+            qkv_bias=gma.QKV_BIAS,
+            qk_scale=gma.QKV_SCALE,
+            proj_drop_rate=gma.DROP_RATE,
+            drop_path_rate=gma.DROP_PATH_RATE,
+        )
+    except ValueError as error:
+        raise UserError(f"MODEL.GMA: {error}") from None
+    model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+    return model
+
+
+def load_weights(model: GroupMixFormer, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Loads weights of either naming; every tensor must be there, have its shape, and none be left over.
+
+    Raises:
+        UserError: Naming the tensors that do not fit.
+    """
+    wanted, given = model.state_dict(), checkpoint_filter_fn(state_dict, model)
+    problems = []
+    if missing := [name for name in wanted if name not in given]:
+        problems.append(f"it lacks {listing(missing)}")
+    if extra := [name for name in given if name not in wanted]:
+        problems.append(f"it has {listing(extra)}, which the network has not")
+    misshapen = [
+        f"{name} is {list(given[name].shape)} and not {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if misshapen:
+        problems.append(listing(misshapen))
+    if problems:
+        raise UserError(f"{source} does not fit the network: {'; '.join(problems)}: use the --cfg it was trained with")
+    model.load_state_dict(given)
+
+
+def load_pretrained(model: GroupMixFormer, state_dict: Mapping[str, Tensor], source: str) -> list[str]:
+    """Loads weights to fine-tune: as `load_weights`, but the head and the input channels may differ.
+
+    Args:
+        model: A freshly made network.
+        state_dict: Weights of either naming.
+        source: Where they come from, for errors.
+
+    Returns:
+        A sentence for each thing that was not loaded as it is.
+
+    Raises:
+        UserError: Naming the tensors that do not fit.
+    """
+    weights: dict[str, Any] = dict(checkpoint_filter_fn(state_dict, model))
+    fresh, sentences = model.state_dict(), []
+    head = weights.get(_HEAD[0])
+    if head is None or head.shape != fresh[_HEAD[0]].shape:
+        weights.update({name: fresh[name] for name in _HEAD})
+        had = "no head" if head is None else f"{head.shape[0]} classes"
+        sentences.append(f"{source} has {had}, the network {model.num_classes} classes: the head starts afresh")
+    conv = weights.get(_INPUT_CONV)
+    if conv is not None and conv.ndim == 4 and conv.shape[1] != model.in_chans:
+        weights[_INPUT_CONV] = adapt_input_conv(model.in_chans, conv)
+        sentences.append(
+            f"{source} takes {conv.shape[1]} channels, the network {model.in_chans}: "
+            "the first convolution was adapted as timm does"
+        )
+    load_weights(model, weights, source)
+    return sentences

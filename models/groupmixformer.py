@@ -1,0 +1,615 @@
+"""GroupMixFormer, in the form of a timm model file.
+
+Paper: "Advancing Vision Transformers with Group-Mix Attention", Ge et al., 2023, https://arxiv.org/abs/2311.15157
+
+A four-stage pyramid. Each block mixes tokens with Group-Mix Attention: queries, keys and values are cut into five
+segments along the channels; three of them are aggregated over 3x3, 5x5 and 7x7 neighbourhoods into *group proxies*,
+one stays as it is, and these four attend to each other in linear time, while the fifth is a purely local branch.
+
+Images and stage outputs are [B, C, H, W]; inside the blocks tokens are [B, H, W, C], which a convolution sees as a
+channels_last image without a copy.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+
+from models.published import from_published, is_published
+
+__all__ = ["GroupMixAttention", "GroupMixFormer"]
+
+NUM_SEGMENTS = 5  # one of tokens, three of group proxies, one local
+PROXY_KERNEL_SIZES = (3, 5, 7)
+POSITION_WINDOWS = ((3, 2), (5, 3), (7, 3))  # (window, number of heads that use it)
+
+
+class SeparableConv(nn.Module):
+    """Depthwise k x k convolution, pointwise convolution, norm, Hardswish: [B, C_in, H, W] -> [B, C_out, H', W']."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv_dw = nn.Conv2d(
+            in_chans, in_chans, kernel_size, stride, kernel_size // 2, groups=in_chans, bias=False, **dd
+        )
+        self.conv_pw = nn.Conv2d(in_chans, out_chans, 1, bias=False, **dd)
+        self.norm = norm_layer(out_chans, **dd)
+        self.act = nn.Hardswish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv_pw(self.conv_dw(x))))
+
+
+class GroupAggregator(nn.Module):
+    """Turns queries, keys and values into attended tokens and group proxies, and a local branch (section 3.2).
+
+    One set of weights serves all three, so the batch norms see them side by side, stacked along the batch.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.segment = segment = dim // NUM_SEGMENTS
+        self.norm = nn.BatchNorm2d(segment, **dd)
+        self.act = nn.Hardswish()
+        self.proxies = nn.ModuleList(SeparableConv(segment, segment, size, **dd) for size in PROXY_KERNEL_SIZES)
+        self.local = SeparableConv(3 * segment, segment, norm_layer=partial(LayerNorm2d, eps=1e-5), **dd)
+
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Aggregates.
+
+        Args:
+            qkv: Queries, keys and values, [3, B, H, W, C].
+
+        Returns:
+            The attended segments, [3, B, H, W, 4C/5], and the local branch, [B, H, W, C/5].
+        """
+        _, B, H, W, C = qkv.shape
+        segments = qkv.flatten(0, 1).permute(0, 3, 1, 2).split(self.segment, dim=1)  # five of [3B, C/5, H, W]
+        attended = [self.act(self.norm(segments[0]))]
+        for i, proxy in enumerate(self.proxies):
+            attended.append(proxy(segments[i + 1]))
+        tokens = torch.cat(attended, dim=1).permute(0, 2, 3, 1).reshape(3, B, H, W, C - self.segment)
+        local = self.local(torch.cat(segments[4].chunk(3, dim=0), dim=1)).permute(0, 2, 3, 1)
+        return tokens, local
+
+
+class RelativePosition(nn.Module):
+    """Convolutional relative position encoding: heads see the values around a token through windows of 3, 5 and 7."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        windows: Sequence[tuple[int, int]] = POSITION_WINDOWS,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.widths = [heads * dim // num_heads for _, heads in windows]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(width, width, window, padding=window // 2, groups=width, **dd)
+            for width, (window, _) in zip(self.widths, windows, strict=True)
+        )
+
+    def forward(self, v: Tensor) -> Tensor:
+        """[B, H, W, C'] -> [B, H, W, C'], for values whose channels are ordered by head."""
+        groups = v.permute(0, 3, 1, 2).split(self.widths, dim=1)
+        windows = []
+        for i, conv in enumerate(self.convs):
+            windows.append(conv(groups[i]))
+        return torch.cat(windows, dim=1).permute(0, 2, 3, 1)
+
+
+class GroupMixAttention(nn.Module):
+    """Group-Mix Attention (section 3.2), usable by itself in any network that keeps tokens as [B, H, W, C].
+
+    Args:
+        dim: Width C of the tokens, a multiple of 5 times the number of heads.
+        num_heads: Heads of the attended 4C/5 channels; they must be shared out among `windows` exactly.
+        windows: (window size, number of heads) of the relative position encoding.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
+        qk_scale: Scale of the attention; (C / num_heads) ** -0.5 if None.
+        proj_drop: Dropout rate after the output projection.
+        device: Where the parameters are made.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: If the heads fit neither the width nor the windows.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        windows: Sequence[tuple[int, int]] = POSITION_WINDOWS,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        check_attention(dim, num_heads, windows)
+        attended = dim - dim // NUM_SEGMENTS
+        self.num_heads = num_heads
+        # The full width sets the scale although attention runs on 4/5 of it: the published weights expect it.
+        self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.aggregator = GroupAggregator(dim, **dd)
+        self.position = RelativePosition(attended, num_heads, windows, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixes tokens: [B, H, W, C] -> [B, H, W, C]."""
+        B, H, W, C = x.shape
+        qkv = self.qkv(x).reshape(B, H, W, 3, C).permute(3, 0, 1, 2, 4)
+        tokens, local = self.aggregator(qkv)
+        q, k, v = tokens.reshape(3, B, H * W, self.num_heads, -1).unbind(0)  # [B, N, heads, head_dim]
+        context = torch.einsum("bnhk,bnhv->bhkv", k.softmax(dim=1), v)
+        attended = torch.einsum("bnhk,bhkv->bnhv", q, self.scale * context).reshape(B, H, W, -1)
+        attended = attended + tokens[0] * self.position(tokens[2])
+        return self.proj_drop(self.proj(torch.cat((attended, local), dim=-1)))
+
+
+class PositionalConv(nn.Module):
+    """Convolutional position encoding: x plus a depthwise 3x3 convolution of x, [B, H, W, C] -> [B, H, W, C]."""
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class GroupMixBlock(nn.Module):
+    """Position encoding, Group-Mix Attention and MLP, each with a residual: [B, H, W, C] -> [B, H, W, C]."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.cpe = PositionalConv(dim, **dd)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.attn = GroupMixAttention(dim, num_heads, qkv_bias=qkv_bias, qk_scale=qk_scale, proj_drop=proj_drop, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cpe(x)
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class GroupMixStage(nn.Module):
+    """Patch embedding and blocks: [B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)]."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        stride: int,
+        drop_path: Sequence[float],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **block_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        self.patch_embed = SeparableConv(in_chans, dim, stride=stride, **dd)
+        self.blocks = nn.Sequential(*(GroupMixBlock(dim, drop_path=rate, **block_kwargs, **dd) for rate in drop_path))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x).permute(0, 2, 3, 1)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_blocks(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions of stride 2: [B, in_chans, H, W] -> [B, dim, ceil(H / 4), ceil(W / 4)]."""
+
+    def __init__(
+        self, in_chans: int, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
+        self.norm1 = nn.BatchNorm2d(dim // 2, **dd)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
+        self.norm2 = nn.BatchNorm2d(dim, **dd)
+        self.act = nn.Hardswish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm1(self.conv1(x)))
+        return self.act(self.norm2(self.conv2(x)))
+
+
+class GroupMixFormer(nn.Module):
+    """GroupMixFormer: an image classifier and, through timm's interfaces, a backbone of strides 4, 8, 16 and 32.
+
+    Args:
+        in_chans: Channels of the images.
+        num_classes: Width of the classifier, 0 for none.
+        global_pool: timm's pooling before the classifier, '' for none.
+        embed_dims: Width of each stage, multiples of 40 (five segments of eight heads).
+        depths: Blocks of each stage.
+        mlp_ratios: Hidden width of each stage's MLPs over its width.
+        num_heads: Attention heads of every block.
+        qkv_bias: Whether queries, keys and values have a bias.
+        qk_scale: Scale of the attention, (width / heads) ** -0.5 if None.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout after the projections of attention and MLP.
+        drop_path_rate: Stochastic depth of the last block, growing linearly from 0 at the first.
+        device: Where the parameters are made.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: If the lists differ in length, or a width and the heads do not fit.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "fastavg",
+        embed_dims: Sequence[int] = (80, 160, 320, 320),
+        depths: Sequence[int] = (2, 4, 12, 4),
+        mlp_ratios: Sequence[float] = (4, 4, 4, 4),
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        check_stages(embed_dims, depths, mlp_ratios, num_heads)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.num_features = embed_dims[-1]
+
+        self.stem = Stem(in_chans, embed_dims[0], **dd)
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        self.feature_info = []
+        for i, dim in enumerate(embed_dims):
+            stages.append(
+                GroupMixStage(
+                    embed_dims[max(i - 1, 0)],
+                    dim,
+                    stride=1 if i == 0 else 2,
+                    drop_path=drop_paths[i],
+                    num_heads=num_heads,
+                    mlp_ratio=mlp_ratios[i],
+                    qkv_bias=qkv_bias,
+                    qk_scale=qk_scale,
+                    proj_drop=proj_drop_rate,
+                    **dd,
+                )
+            )
+            self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.BatchNorm2d(self.num_features, **dd)
+        self.head = self._make_head(num_classes, global_pool, **dd)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.apply(init_weights)
+
+    def _make_head(self, num_classes: int, global_pool: str, **dd: Any) -> ClassifierHead:
+        return ClassifierHead(self.num_features, num_classes, global_pool, drop_rate=self.drop_rate, **dd)
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module.load_state_dict`, and takes published checkpoints as they are."""
+        return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names that weight decay must spare: none but the biases and 1-D tensors that timm spares already."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers of parameters, from the image to the head, for timm's layer-wise learning rate decay."""
+        blocks = [
+            (r"^stages\.(\d+)\.patch_embed", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the blocks' activations in the backward pass instead of keeping them."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Puts a new classifier (none for 0 classes), and optionally another pooling, in place of the old."""
+        weight = self.stem.conv1.weight
+        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
+        self.num_classes = num_classes
+        self.head = self._make_head(num_classes, pool, device=weight.device, dtype=weight.dtype)
+        self.head.apply(init_weights).train(self.training)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Runs the network and returns the outputs of chosen stages.
+
+        Args:
+            x: Images, [B, in_chans, H, W].
+            indices: The last n stages if an int, all if None, else the stages of these numbers.
+            norm: Whether the last stage's output passes the final norm.
+            stop_early: Whether to stop after the last chosen stage.
+            output_fmt: 'NCHW' or 'NHWC'.
+            intermediates_only: Whether to return the list alone.
+
+        Returns:
+            The chosen stages' outputs, and before them what `forward_features` returns unless `intermediates_only`.
+
+        Raises:
+            ValueError: If `output_fmt` is another.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}: choose 'NCHW' or 'NHWC'")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last_index = len(self.stages) - 1
+        intermediates = []
+        x = self.stem(x)
+        stages = self.stages[: max_index + 1] if stop_early and not torch.jit.is_scripting() else self.stages
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                feature = self.norm(x) if norm and i == last_index else x
+                intermediates.append(feature.permute(0, 2, 3, 1) if output_fmt == "NHWC" else feature)
+        if intermediates_only:
+            return intermediates
+        if len(stages) == len(self.stages):
+            x = self.norm(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the stages after the last chosen one, and the norm and head where they no longer fit or are not wanted.
+
+        Args:
+            indices: As in `forward_intermediates`.
+            prune_norm: Whether to drop the final norm.
+            prune_head: Whether to drop the classifier and its pooling.
+
+        Returns:
+            The numbers of the chosen stages.
+        """
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        shortened = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if shortened:
+            self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised output of the last stage: [B, in_chans, H, W] -> [B, num_features, ceil(H/32), ceil(W/32)]."""
+        return self.norm(self.stages(self.stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools and classifies features, or only pools them: [B, num_features, H, W] -> [B, num_classes]."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images: [B, in_chans, H, W] -> [B, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+
+def check_attention(dim: int, num_heads: int, windows: Sequence[tuple[int, int]]) -> None:
+    """Raises a ValueError that says what to change where width, heads and windows do not fit each other."""
+    window_heads = sum(heads for _, heads in windows)
+    if window_heads != num_heads:
+        shares = ", ".join(f"{heads} of {window}x{window}" for window, heads in windows)
+        raise ValueError(
+            f"{num_heads} heads do not fit the position windows, which are for {window_heads} ({shares}): "
+            f"use num_heads={window_heads} or other windows"
+        )
+    if dim <= 0 or dim % (NUM_SEGMENTS * num_heads):
+        raise ValueError(
+            f"width {dim} is not a positive multiple of {NUM_SEGMENTS * num_heads} "
+            f"({NUM_SEGMENTS} segments x {num_heads} heads): choose one that is"
+        )
+
+
+def check_stages(embed_dims: Sequence[int], depths: Sequence[int], mlp_ratios: Sequence[float], num_heads: int) -> None:
+    """Raises a ValueError that says what to change where the stages' settings cannot make a network."""
+    if not len(embed_dims) == len(depths) == len(mlp_ratios) > 0:
+        raise ValueError(
+            f"embed_dims {list(embed_dims)}, depths {list(depths)} and mlp_ratios {list(mlp_ratios)} "
+            "must have one number for each stage: make the lists equally long"
+        )
+    if min(depths) < 1:
+        raise ValueError(f"depths {list(depths)}: every stage needs at least one block")
+    if min(mlp_ratios) <= 0:
+        raise ValueError(f"mlp_ratios {list(mlp_ratios)}: every ratio must be above 0")
+    for dim in embed_dims:
+        check_attention(dim, num_heads, POSITION_WINDOWS)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal of standard deviation 0.02 for linear layers; convolutions and norms keep PyTorch's own."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+@contextlib.contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Within it, batch norms in training mode normalise as always but leave their running statistics alone."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@torch.jit.ignore
+def checkpoint_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
+    """Runs blocks with activation checkpointing.
+
+    The recomputation in the backward pass is a second forward pass, which must not count twice in the running
+    statistics of the batch norms. A compiled graph keeps such side effects out of the recomputation by itself.
+    """
+    for block in blocks:
+        if torch.compiler.is_compiling():
+            x = checkpoint(block, x)
+        else:
+            x = checkpoint(block, x, context_fn=partial(_checkpoint_contexts, block))
+    return x
+
+
+def _checkpoint_contexts(block: nn.Module) -> tuple[Any, Any]:
+    return contextlib.nullcontext(), frozen_statistics(block)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+    """Our names for a state dict in either form, unwrapped from a checkpoint where it lies in one."""
+    if isinstance(state_dict.get("model"), Mapping):
+        state_dict = state_dict["model"]
+    return from_published(state_dict) if is_published(state_dict) else state_dict
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head.fc",
+        "paper_ids": "arXiv:2311.15157",
+        "paper_name": "Advancing Vision Transformers with Group-Mix Attention",
+        "origin_url": "https://github.com/AILab-CVC/GroupMixFormer",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "groupmixformer_miny": _cfg(),
+        "groupmixformer_tiny": _cfg(),
+        "groupmixformer_small": _cfg(),
+        "groupmixformer_base": _cfg(),
+        "groupmixformer_large": _cfg(),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> GroupMixFormer:
+    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    return build_model_with_cfg(
+        GroupMixFormer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "flatten_sequential": True},
+        **kwargs,
+    )
+
+
+@register_model
+def groupmixformer_miny(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-M: 5.7M parameters."""
+    model_args = {"embed_dims": (40, 80, 160, 160), "depths": (3, 3, 12, 4), "mlp_ratios": (4, 4, 4, 4)}
+    return _create("groupmixformer_miny", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def groupmixformer_tiny(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-T: 10.9M parameters."""
+    model_args = {"embed_dims": (80, 160, 200, 240), "depths": (4, 4, 12, 4), "mlp_ratios": (4, 4, 4, 4)}
+    return _create("groupmixformer_tiny", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def groupmixformer_small(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-S: 22.4M parameters."""
+    model_args = {"embed_dims": (80, 160, 320, 320), "depths": (2, 4, 12, 4), "mlp_ratios": (4, 4, 4, 4)}
+    return _create("groupmixformer_small", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def groupmixformer_base(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-B: 45.8M parameters."""
+    model_args = {"embed_dims": (200, 240, 320, 480), "depths": (8, 8, 12, 8), "mlp_ratios": (2, 2, 4, 4)}
+    return _create("groupmixformer_base", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def groupmixformer_large(pretrained: bool = False, **kwargs: Any) -> GroupMixFormer:
+    """GroupMixFormer-L: 71.8M parameters."""
+    model_args = {"embed_dims": (240, 320, 360, 480), "depths": (8, 10, 30, 10), "mlp_ratios": (4, 4, 2, 2)}
+    return _create("groupmixformer_large", pretrained, **{**model_args, **kwargs})

@@ -1,0 +1,84 @@
+"""Score a checkpoint on the validation folder.
+
+Usage:
+    python test.py --cfg configs/groupmixformer_small.yaml --data-path D --pretrained weights.pth
+    torchrun --nproc_per_node 8 test.py --cfg configs/groupmixformer_small.yaml --data-path D --resume best.pth --ema
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from models.build import build_model
+from utils.cli import config_from, make_parser, run
+from utils.dist import World, world
+from utils.errors import UserError
+from utils.logger import setup_logging
+from utils.optim import Precision, choose_precision
+from utils.profiling import throughput_line
+from utils.scoring import score_weights
+
+_log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Parses, scores or measures, prints."""
+    parser = make_parser("Score a checkpoint on the validation data.")
+    parser.add_argument("--ema", action="store_true", help="score the checkpoint's moving average")
+    parser.add_argument("--random-weights", action="store_true", help="score a network that knows nothing")
+    parser.add_argument("--json", metavar="FILE", help="write the score there too")
+    arguments = parser.parse_args()
+    config = config_from(arguments)
+    with world(config.DEVICE) as here:
+        setup_logging(here.is_main)
+        precision = evaluation_precision(config, here)
+        if config.THROUGHPUT_MODE:
+            network = build_model(config, config.MODEL.GMA.NUM_CLASSES)
+            _log.info(throughput_line(network, config, here.device, precision))
+        else:
+            score(arguments, config, here, precision)
+
+
+def evaluation_precision(config: CfgNode, here: World) -> Precision:
+    """The precision asked for; 'auto' scores in fp32 on every device, so that the digits do not depend on it."""
+    if config.PRECISION == "auto" and not config.AMP_OPT_LEVEL:
+        return Precision("fp32", here.device.type)
+    return choose_precision(config, here.device, _log.info)
+
+
+def score(arguments: argparse.Namespace, config: CfgNode, here: World, precision: Precision) -> None:
+    """Scores, and prints and writes the result on rank 0."""
+    report = Path(arguments.json) if arguments.json else None
+    if report and not report.parent.is_dir():
+        raise UserError(f"--json {report}: the folder {report.parent} does not exist: make it first")
+    result, images_per_s = score_weights(config, here, precision, arguments.ema, arguments.random_weights)
+    if not here.is_main:
+        return
+    print(f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}")
+    _log.info(
+        "%d images (%d and %d correct), loss %.4f, %.1f images/s, %s on %d x %s",
+        result.images, result.correct1, result.correct5, result.loss, images_per_s, precision.name, here.size,
+        here.device.type,
+    )  # fmt: skip
+    if report:
+        values = {
+            "acc1": result.acc1,
+            "acc5": result.acc5,
+            "loss": result.loss,
+            "images": result.images,
+            "correct1": result.correct1,
+            "correct5": result.correct5,
+            "images_per_s": images_per_s,
+            "ranks": here.size,
+            "precision": precision.name,
+            "weights": config.MODEL.RESUME or config.MODEL.PRETRAINED or "random",
+            "ema": arguments.ema,
+        }
+        report.write_text(json.dumps(values, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

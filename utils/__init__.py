@@ -1,0 +1,1 @@
+"""What the scripts share: configuration, processes, seeds, loops, checkpoints and logs."""

@@ -1,0 +1,111 @@
+"""Write, find, load and prune checkpoints. A checkpoint is a dict of plain types and tensors, never code."""
+
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from utils.errors import UserError
+
+LAST = "last.pth"
+BEST = "best.pth"
+_NUMBERED = re.compile(r"ckpt_epoch_(\d+)\.pth")
+
+
+def save(state: Mapping[str, Any], path: Path) -> None:
+    """Writes a checkpoint beside its place, flushes it to disk and moves it there: the old one stays until then.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error}): free or choose another --output") from None
+
+
+def copy(source: Path, target: Path) -> None:
+    """Gives a checkpoint a second name that outlives the first, without a second copy where the disk allows."""
+    beside = target.with_name(target.name + ".tmp")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(source, beside)
+    except OSError:
+        shutil.copyfile(source, beside)
+    beside.replace(target)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU: a .pth file that holds no code, or .safetensors.
+
+    Returns:
+        The checkpoint's dict; a bare state dict comes back as {'model': state dict}.
+
+    Raises:
+        UserError: If it is missing, or is no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is no file: name a checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            return {"model": safetensors.torch.load_file(path)}
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is no checkpoint of plain tensors; nothing in it was run: name another file") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it is empty"
+        raise UserError(f"{path} is no checkpoint ({reason}): name another file") from None
+    if not isinstance(state, dict) or not state:
+        raise UserError(f"{path} is no checkpoint (it holds a {type(state).__name__}): name another file")
+    return state if isinstance(state.get("model"), Mapping) else {"model": state}
+
+
+def find_last(folder: Path) -> Path | None:
+    """The checkpoint that a run in this folder goes on from, if it has one."""
+    path = folder / LAST
+    return path if path.is_file() else None
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The numbered checkpoints of a folder, oldest first."""
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Removes all but the newest numbered checkpoints."""
+    for path in numbered(folder)[:-keep]:
+        path.unlink()
+
+
+def save_epoch(state: Mapping[str, Any], folder: Path, epoch: int, *, is_best: bool, number: bool, keep: int) -> None:
+    """Writes an epoch's checkpoint as last.pth, as best.pth if it is, and under its number if asked; then prunes.
+
+    Args:
+        state: The checkpoint.
+        folder: Where to.
+        epoch: Epochs completed.
+        is_best: Whether no epoch before was better.
+        number: Whether to keep it as ckpt_epoch_<epoch>.pth too.
+        keep: How many numbered checkpoints to keep.
+    """
+    save(state, folder / LAST)
+    if is_best:
+        copy(folder / LAST, folder / BEST)
+    if number:
+        copy(folder / LAST, folder / f"ckpt_epoch_{epoch}.pth")
+        prune(folder, keep)

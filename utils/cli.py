@@ -1,0 +1,99 @@
+"""The command line that train.py and test.py share, and how a program ends on bad input."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from yacs.config import CfgNode
+
+from utils.config import check, load_config, merge, merge_options
+from utils.errors import UserError
+
+# flag -> the key that it overrides
+_KEYS = {
+    "batch_size": "DATA.BATCH_SIZE",
+    "data_path": "DATA.DATA_PATH",
+    "pretrained": "MODEL.PRETRAINED",
+    "resume": "MODEL.RESUME",
+    "accumulation_steps": "TRAIN.ACCUMULATION_STEPS",
+    "use_checkpoint": "TRAIN.USE_CHECKPOINT",
+    "amp_opt_level": "AMP_OPT_LEVEL",
+    "precision": "PRECISION",
+    "device": "DEVICE",
+    "output": "OUTPUT",
+    "tag": "TAG",
+    "seed": "SEED",
+    "eval": "EVAL_MODE",
+    "throughput": "THROUGHPUT_MODE",
+    "model_type": "MODEL.TYPE",
+}
+_MODEL_FILE = "groupmixformer.py"
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of the published command line and a few more; none has a default, so only what is given overrides."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="configuration, such as those in configs/")
+    parser.add_argument("--opts", nargs="+", metavar="KEY VALUE", help="keys of the configuration to override")
+    parser.add_argument("--data-path", metavar="DIR", help="folder that holds train/ and val/")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images of one micro-batch on each rank")
+    parser.add_argument("--pretrained", metavar="FILE", help="weights to start from or to score")
+    parser.add_argument("--resume", metavar="FILE", help="checkpoint to go on from")
+    parser.add_argument("--accumulation-steps", type=int, metavar="N", help="micro-batches of one update")
+    parser.add_argument("--use-checkpoint", action="store_true", default=None, help="recompute activations")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="arithmetic of the network")
+    parser.add_argument("--amp-opt-level", choices=["O0", "O1", "O2"], help="apex's name for --precision")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to compute")
+    parser.add_argument("--output", metavar="DIR", help="outputs go to DIR/<MODEL.NAME>/<tag>/")
+    parser.add_argument("--tag", metavar="T", help="name of the run")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of all randomness")
+    parser.add_argument("--eval", action="store_true", default=None, help="score the weights and stop")
+    parser.add_argument("--throughput", action="store_true", default=None, help="measure images/s and stop")
+    parser.add_argument("--model-type", metavar="T", help="groupmixformer")
+    parser.add_argument("--model-file", metavar="F", help=_MODEL_FILE)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # old launchers pass it
+    parser.add_argument("--zip", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--cache-mode", choices=["no", "full", "part"], help=argparse.SUPPRESS)
+    return parser
+
+
+def config_from(arguments: argparse.Namespace) -> CfgNode:
+    """The checked configuration: file, then --opts, then flags, each overriding what came before.
+
+    Raises:
+        UserError: If the file, a key, a value or a flag is wrong.
+    """
+    if arguments.zip or arguments.cache_mode:
+        raise UserError(
+            "--zip and --cache-mode are gone: pack the folders as tar files and use --opts DATA.DATASET tar"
+        )
+    if arguments.model_file not in (None, _MODEL_FILE):
+        raise UserError(f"--model-file {arguments.model_file}: the network is in {_MODEL_FILE}; leave the flag out")
+    config = load_config(arguments.cfg)
+    merge_options(config, arguments.opts or [])
+    for flag, name in _KEYS.items():
+        value = getattr(arguments, flag)
+        if value is not None:
+            for part in reversed(name.split(".")):
+                value = {part: value}
+            merge(config, value, f"--{flag.replace('_', '-')}")
+    check(config)
+    return config
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a program; an error that the user can mend becomes one line and exit code 2.
+
+    Every rank meets the same bad input, so only the first of each machine speaks, and others of errors of their own.
+    """
+    try:
+        main()
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            # A loader's worker hands its error over with a traceback above it; the message is the last line.
+            message = str(error).splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+            print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

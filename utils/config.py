@@ -1,0 +1,378 @@
+"""The configuration: every key with its default, merging of files and flags, and checks.
+
+A key that is not listed here is an error, and so is a value of another type. Values derived from the configuration
+(a learning rate scaled to the batch) are never written back to it.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from yacs.config import CfgNode
+
+from utils.errors import UserError, listing
+
+
+def default_config() -> CfgNode:
+    """All keys, at the values of the published ImageNet-1K recipe wherever it states one."""
+    return CfgNode(
+        {
+            "DATA": {
+                "DATA_PATH": "",
+                "DATASET": "folder",  # or, for timm's create_dataset: tar, torch/.., wds/.., hfds/.., hfids/.., tfds/..
+                "TRAIN_SPLIT": "train",  # folder, tar file or split of that name
+                "VAL_SPLIT": "val",
+                "BATCH_SIZE": 128,  # on each rank, for one micro-batch
+                "IMG_SIZE": 224,
+                "INTERPOLATION": "bicubic",
+                "MEAN": list(IMAGENET_DEFAULT_MEAN),
+                "STD": list(IMAGENET_DEFAULT_STD),
+                "NUM_WORKERS": 8,  # on each rank
+                "PIN_MEMORY": True,
+            },
+            "MODEL": {
+                "TYPE": "groupmixformer",
+                "NAME": "groupmixformer",  # names the output folder
+                "RESUME": "",
+                "PRETRAINED": "",
+                "LABEL_SMOOTHING": 0.1,
+                "GMA": {
+                    "PATCH_SIZE": 4,
+                    "IN_DIM": 3,
+                    "NUM_STAGES": 4,
+                    "NUM_CLASSES": 1000,  # 0: as many as the data has
+                    "EMBEDDING_DIMS": [80, 160, 320, 320],
+                    "SERIAL_DEPTHS": [2, 4, 12, 4],
+                    "NUM_HEADS": 8,
+                    "MLP_RATIOS": [4.0, 4.0, 4.0, 4.0],
+                    "QKV_BIAS": True,
+                    "QKV_SCALE": None,
+                    "DROP_RATE": 0.0,
+                    "ATTN_DROP_RATE": 0.0,
+                    "DROP_PATH_RATE": 0.2,
+                },
+            },
+            "TRAIN": {
+                "START_EPOCH": 0,
+                "EPOCHS": 300,
+                "WARMUP_EPOCHS": 20,
+                "WEIGHT_DECAY": 0.05,
+                "BASE_LR": 5e-4,  # these three for a batch of 512; scaled to the batch over all ranks and steps
+                "WARMUP_LR": 5e-7,
+                "MIN_LR": 5e-6,
+                "LAYER_DECAY": 1.0,  # below 1: each layer's learning rate is this much below the next one's
+                "CLIP_GRAD": 5.0,  # largest gradient norm of an update; 0: no clipping
+                "AUTO_RESUME": True,
+                "ACCUMULATION_STEPS": 1,
+                "USE_CHECKPOINT": False,  # recompute activations in the backward pass
+                "EMA_DECAY": 0.0,  # 0: no moving average
+                "SYNC_BN": True,  # where several GPUs train
+                "COMPILE": False,
+                "LR_SCHEDULER": {"NAME": "cosine", "DECAY_EPOCHS": 30, "DECAY_RATE": 0.1},
+                "OPTIMIZER": {"NAME": "adamw", "EPS": 1e-8, "BETAS": [0.9, 0.999], "MOMENTUM": 0.9},
+            },
+            "AUG": {
+                "SCALE": [0.08, 1.0],  # area of the random crop
+                "RATIO": [0.75, 4 / 3],  # its width over its height
+                "HFLIP": 0.5,
+                "COLOR_JITTER": 0.4,  # where AUTO_AUGMENT is none
+                "AUTO_AUGMENT": "rand-m9-mstd0.5-inc1",  # timm's notation, or none
+                "REPROB": 0.25,
+                "REMODE": "pixel",
+                "RECOUNT": 1,
+                "REPEATS": 1,  # above 1: repeated augmentation
+                "MIXUP": 0.8,
+                "CUTMIX": 1.0,
+                "CUTMIX_MINMAX": None,
+                "MIXUP_PROB": 1.0,
+                "MIXUP_SWITCH_PROB": 0.5,
+                "MIXUP_MODE": "batch",
+            },
+            "TEST": {"CROP": True},  # False: squash the whole image into the square
+            "DEVICE": "auto",
+            "PRECISION": "auto",  # of training: bf16 or fp16 on a GPU, fp32 on a CPU
+            "CHANNELS_LAST": True,
+            "AMP_OPT_LEVEL": "",  # apex's name for PRECISION: O0 is fp32, O1 and O2 are fp16
+            "OUTPUT": "output",
+            "TAG": "default",
+            "SAVE_FREQ": 1,  # epochs between numbered checkpoints
+            "KEEP": 3,  # how many of them to keep
+            "PRINT_FREQ": 10,  # updates between logged lines
+            "SEED": 0,
+            "EVAL_MODE": False,
+            "THROUGHPUT_MODE": False,
+        }
+    )
+
+
+_CHOICES = {
+    "MODEL.TYPE": ("groupmixformer",),
+    "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest"),
+    "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
+    "AUG.REMODE": ("pixel", "rand", "const"),
+    "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
+    "DEVICE": ("auto", "cpu", "cuda"),
+    "PRECISION": ("auto", "fp32", "bf16", "fp16"),
+    "AMP_OPT_LEVEL": ("", "O0", "O1", "O2"),
+}
+
+# (least, most, what the value is)
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "DATA.BATCH_SIZE": (1, math.inf, "images"),
+    "DATA.IMG_SIZE": (32, math.inf, "pixels"),
+    "DATA.NUM_WORKERS": (0, math.inf, "processes"),
+    "MODEL.LABEL_SMOOTHING": (0, 0.999, "a share"),
+    "MODEL.GMA.IN_DIM": (1, math.inf, "channels"),
+    "MODEL.GMA.NUM_CLASSES": (0, math.inf, "classes, 0 to take them from the data"),
+    "MODEL.GMA.DROP_RATE": (0, 0.999, "a probability"),
+    "MODEL.GMA.DROP_PATH_RATE": (0, 0.999, "a probability"),
+    "TRAIN.EPOCHS": (1, math.inf, "epochs"),
+    "TRAIN.WARMUP_EPOCHS": (0, math.inf, "epochs"),
+    "TRAIN.WEIGHT_DECAY": (0, math.inf, "a decay"),
+    "TRAIN.BASE_LR": (0, math.inf, "a learning rate"),
+    "TRAIN.WARMUP_LR": (0, math.inf, "a learning rate"),
+    "TRAIN.MIN_LR": (0, math.inf, "a learning rate"),
+    "TRAIN.LAYER_DECAY": (1e-6, 1, "a factor"),
+    "TRAIN.CLIP_GRAD": (0, math.inf, "a norm, 0 for no clipping"),
+    "TRAIN.ACCUMULATION_STEPS": (0, math.inf, "steps"),
+    "TRAIN.EMA_DECAY": (0, 0.999999999, "a factor, 0 for no moving average"),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": (1, math.inf, "epochs"),
+    "AUG.HFLIP": (0, 1, "a probability"),
+    "AUG.COLOR_JITTER": (0, math.inf, "a strength"),
+    "AUG.REPROB": (0, 1, "a probability"),
+    "AUG.RECOUNT": (1, math.inf, "a count"),
+    "AUG.REPEATS": (1, math.inf, "a count"),
+    "AUG.MIXUP": (0, math.inf, "a strength"),
+    "AUG.CUTMIX": (0, math.inf, "a strength"),
+    "AUG.MIXUP_PROB": (0, 1, "a probability"),
+    "AUG.MIXUP_SWITCH_PROB": (0, 1, "a probability"),
+    "SAVE_FREQ": (1, math.inf, "epochs"),
+    "KEEP": (1, math.inf, "checkpoints"),
+    "PRINT_FREQ": (1, math.inf, "updates"),
+    "SEED": (0, math.inf, "a seed"),
+}
+
+# Keys of published files that the network leaves no choice about: the only value, and what to do about another.
+_FIXED = {
+    "MODEL.GMA.PATCH_SIZE": (4, "the stem is two 3x3 convolutions of stride 2: remove the key"),
+    "MODEL.GMA.ATTN_DROP_RATE": (0.0, "no attention matrix is ever formed to drop from: use MODEL.GMA.DROP_RATE"),
+    "TRAIN.START_EPOCH": (0, "a resumed run knows its epoch: use --resume"),
+}
+
+_OPTIONAL = {"MODEL.GMA.QKV_SCALE": float, "AUG.CUTMIX_MINMAX": list}  # may be None, else of this type
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, with duplicate keys an error instead of a silent overwriting."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            repeated = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {repeated} stands twice: remove one", node.start_mark
+            )
+        return mapping
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{path} is no configuration: name a .yaml file")
+    try:
+        values = yaml.load(path.read_text(), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: name a file with --cfg, such as those in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: {error.problem or error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no keys: write KEY: value lines, as in configs/")
+    return values
+
+
+def load_config(path: str | Path) -> CfgNode:
+    """The defaults, overridden by a file and by the files that its BASE names, the file last.
+
+    Raises:
+        UserError: If a file is missing or malformed, or holds an unknown key or a value of the wrong type.
+    """
+    config = default_config()
+    _merge_file(config, Path(path), ())
+    return config
+
+
+def _merge_file(config: CfgNode, path: Path, above: tuple[Path, ...]) -> None:
+    if path.resolve() in above:
+        raise UserError(f"{path}: BASE leads back to the file itself: break the circle")
+    values = _read_yaml(path)
+    bases = values.pop("BASE", [])
+    for base in [bases] if isinstance(bases, str) else bases or []:
+        if base:
+            _merge_file(config, path.parent / base, (*above, path.resolve()))
+    merge(config, values, str(path))
+
+
+def merge(config: CfgNode, values: dict[str, Any], source: str, prefix: str = "") -> None:
+    """Overrides keys of a configuration, in place.
+
+    Args:
+        config: The configuration, or the part of it under `prefix`.
+        values: Nested keys and values.
+        source: Where the values come from, for errors.
+        prefix: Dotted name of the part, with a dot at its end.
+
+    Raises:
+        UserError: If a key is unknown or a value of the wrong type.
+    """
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in config:
+            near = difflib.get_close_matches(str(key), config, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {listing(list(config), 20)}"
+            raise UserError(f"{source}: unknown key {name}: {hint}")
+        if isinstance(config[key], CfgNode):
+            if not isinstance(value, dict):
+                raise UserError(f"{source}: {name} is {value!r} but holds keys: write them below it")
+            merge(config[key], value, source, f"{name}.")
+        else:
+            config[key] = _coerce(value, config[key], name, source)
+
+
+def merge_options(config: CfgNode, options: list[str]) -> None:
+    """Overrides keys with a flat list of dotted names and values, as --opts gives it.
+
+    Raises:
+        UserError: If the list is of odd length, a key is unknown or a value of the wrong type.
+    """
+    if len(options) % 2:
+        raise UserError(f"--opts needs pairs of KEY value, got {len(options)} words ending in {options[-1]!r}")
+    for name, text in zip(options[::2], options[1::2], strict=True):
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            raise UserError(f"--opts {name} {text!r}: the value is not valid YAML: quote it") from None
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        merge(config, value, "--opts")
+
+
+def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
+    """The value as the type of the default: ints pass for floats, and YAML's text `5e-4` is a number."""
+    wanted = _OPTIONAL.get(name) or type(default)
+    if name in _OPTIONAL and (value is None or value == "None"):
+        return None
+    if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if wanted is list and isinstance(value, (list, tuple)):
+        kind = type(default[0]) if default else float
+        return [_coerce(item, kind(), f"{name}[{i}]", source) for i, item in enumerate(value)]
+    if wanted is str and name == "AUG.AUTO_AUGMENT" and value in (None, "", "None"):
+        return "none"
+    if type(value) is wanted:
+        return value
+    if name == "MODEL.GMA.NUM_HEADS" and isinstance(value, list) and value and value == value[:1] * len(value):
+        return _coerce(value[0], default, name, source)  # published files may give one number for each stage
+    raise UserError(f"{source}: {name} is {value!r} but must be {_TYPE_NAMES[wanted]}")
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text", list: "a list of numbers"}
+
+
+def lookup(config: CfgNode, name: str) -> Any:
+    """The value under a dotted name."""
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def check(config: CfgNode) -> None:
+    """Refuses values that cannot work, alone or together.
+
+    Raises:
+        UserError: Naming the key and what to do.
+    """
+    for name, (only, advice) in _FIXED.items():
+        if lookup(config, name) != only:
+            raise UserError(f"{name} is {lookup(config, name)} but can only be {only}: {advice}")
+    for name, choices in _CHOICES.items():
+        if lookup(config, name) not in choices:
+            allowed = ", ".join(choice or "''" for choice in choices)
+            raise UserError(f"{name} is {lookup(config, name)!r}: choose one of {allowed}")
+    for name, (least, most, meaning) in _RANGES.items():
+        value = lookup(config, name)
+        if not least <= value <= most:
+            bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise UserError(f"{name} is {value}: give {meaning}, {bounds}")
+    _check_combinations(config)
+
+
+def _check_combinations(config: CfgNode) -> None:
+    gma, train, aug = config.MODEL.GMA, config.TRAIN, config.AUG
+    for name in ("EMBEDDING_DIMS", "SERIAL_DEPTHS", "MLP_RATIOS"):
+        if len(gma[name]) != gma.NUM_STAGES:
+            raise UserError(
+                f"MODEL.GMA.{name} has {len(gma[name])} numbers but NUM_STAGES is {gma.NUM_STAGES}: make them agree"
+            )
+    for name in ("MEAN", "STD"):
+        if len(config.DATA[name]) != gma.IN_DIM:
+            raise UserError(
+                f"DATA.{name} has {len(config.DATA[name])} numbers but MODEL.GMA.IN_DIM is {gma.IN_DIM}: "
+                "give one for each channel"
+            )
+    if min(config.DATA.STD) <= 0:
+        raise UserError(f"DATA.STD is {config.DATA.STD}: give numbers above 0")
+    for name in ("SCALE", "RATIO"):
+        if len(aug[name]) != 2 or not 0 < aug[name][0] <= aug[name][1]:
+            raise UserError(f"AUG.{name} is {aug[name]}: give a lower and an upper bound above 0")
+    if len(train.OPTIMIZER.BETAS) != 2:
+        raise UserError(f"TRAIN.OPTIMIZER.BETAS is {train.OPTIMIZER.BETAS}: give two numbers")
+    if aug.CUTMIX_MINMAX is not None and len(aug.CUTMIX_MINMAX) != 2:
+        raise UserError(f"AUG.CUTMIX_MINMAX is {aug.CUTMIX_MINMAX}: give two numbers, or None")
+    if train.WARMUP_EPOCHS > train.EPOCHS:
+        raise UserError(f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is more than TRAIN.EPOCHS {train.EPOCHS}: lower it")
+    if mixes(config) and config.DATA.BATCH_SIZE % 2:
+        raise UserError(
+            f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} is odd, but mixup and cutmix pair the images: "
+            "use an even one, or set AUG.MIXUP and AUG.CUTMIX to 0"
+        )
+    if config.AMP_OPT_LEVEL and config.PRECISION != "auto":
+        raise UserError(
+            f"AMP_OPT_LEVEL {config.AMP_OPT_LEVEL} and PRECISION {config.PRECISION} both say how to compute: give one"
+        )
+
+
+def mixes(config: CfgNode) -> bool:
+    """Whether training mixes images, by mixup or cutmix."""
+    return config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
+
+
+def accumulation_steps(config: CfgNode) -> int:
+    """Micro-batches of one update; published files write 0 for 1."""
+    return max(config.TRAIN.ACCUMULATION_STEPS, 1)
+
+
+def flatten(config: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All keys with their dotted names."""
+    for key, value in config.items():
+        if isinstance(value, CfgNode):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differences(config: CfgNode, text: str) -> list[str]:
+    """The keys in which a configuration differs from one saved as YAML text, as 'KEY: saved -> now'."""
+    saved = dict(flatten(CfgNode(yaml.safe_load(text))))
+    return [f"{name}: {saved.get(name)} -> {value}" for name, value in flatten(config) if saved.get(name) != value]

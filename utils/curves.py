@@ -1,0 +1,49 @@
+"""curves.png: a run's loss, accuracy, learning rate and gradient norm, drawn from its metrics.jsonl."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from utils.logger import read_metrics
+
+_BLUE, _ORANGE, _GREY = "#2f6f9f", "#d9742b", "#b0b0b0"
+
+
+def draw_curves(folder: Path, updates_per_epoch: int) -> None:
+    """Draws curves.png from metrics.jsonl in a run's folder.
+
+    Args:
+        folder: The run's folder.
+        updates_per_epoch: Optimizer steps of an epoch.
+    """
+    lines = read_metrics(folder / "metrics.jsonl")
+    for line in lines:
+        line["epoch"] = line["update"] / updates_per_epoch
+    updates = [line for line in lines if "lr" in line]
+    scores = [line for line in lines if "acc1" in line]
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    _draw(axes[0, 0], updates, {"loss": ("training", _BLUE)}, "loss")
+    _draw(axes[0, 0], scores, {"loss": ("validation", _ORANGE)}, "loss")
+    _draw(axes[0, 1], scores, {"acc1": ("Acc@1", _BLUE), "acc5": ("Acc@5", _GREY)}, "accuracy, %")
+    _draw(axes[0, 1], scores, {"ema_acc1": ("Acc@1 of the moving average", _ORANGE)}, "accuracy, %")
+    _draw(axes[1, 0], updates, {"lr": ("", _BLUE)}, "learning rate")
+    _draw(axes[1, 1], updates, {"grad_norm": ("", _BLUE)}, "gradient norm")
+    for axis in axes[1]:
+        axis.set_xlabel("epoch")
+    FigureCanvasAgg(figure).print_png(str(folder / "curves.png"))
+
+
+def _draw(axis: Axes, lines: list[dict[str, float]], curves: dict[str, tuple[str, str]], title: str) -> None:
+    for key, (label, colour) in curves.items():
+        points = [(line["epoch"], line[key]) for line in lines if key in line]
+        if points:
+            marker = "o" if len(points) < 60 and "acc1" in lines[0] else None
+            axis.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.5, marker=marker, markersize=3)
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    if axis.get_legend_handles_labels()[1] and any(label for label, _ in curves.values()):
+        axis.legend(fontsize=8, frameon=False)

@@ -1,0 +1,11 @@
+"""The one kind of error that a user can mend."""
+
+
+class UserError(Exception):
+    """Something outside the code is wrong. The message is one line: what, where, and what to do."""
+
+
+def listing(names: list[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + rest

@@ -1,0 +1,56 @@
+"""Exact sums over a data set, divided once at the end."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from utils.dist import sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a network reached on a data set.
+
+    Attributes:
+        images: Number of images, each counted once.
+        correct1: How many had their class first.
+        correct5: How many had it among the first five.
+        loss: Mean cross-entropy.
+    """
+
+    images: int
+    correct1: int
+    correct5: int
+    loss: float
+
+    @property
+    def acc1(self) -> float:
+        """Percentage with the class first."""
+        return 100 * self.correct1 / self.images
+
+    @property
+    def acc5(self) -> float:
+        """Percentage with the class among the first five."""
+        return 100 * self.correct5 / self.images
+
+
+class ScoreSums:
+    """Adds up scores on the device, without waiting for it, and over ranks once at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self._loss = torch.zeros(1, dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Adds a batch: logits [B, classes] and class numbers [B]."""
+        logits = logits.float()
+        first = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        seen = torch.full((), len(targets), device=targets.device)
+        self._counts += torch.stack([seen, first[:, 0].sum(), first.sum()])
+        self._loss += nn.functional.cross_entropy(logits, targets, reduction="sum").double()
+
+    def total(self) -> Score:
+        """The score over all ranks; every rank must ask."""
+        images, correct1, correct5 = sum_over_ranks(self._counts).tolist()
+        return Score(images, correct1, correct5, sum_over_ranks(self._loss).item() / max(images, 1))

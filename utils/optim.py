@@ -1,0 +1,157 @@
+"""Optimizer, learning rate schedule, moving average, loss and precision, from the configuration; timm's and torch's."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from yacs.config import CfgNode
+
+from utils.config import accumulation_steps, mixes
+from utils.errors import UserError, listing
+
+_RECIPE_BATCH = 512  # the batch that the recipe's learning rates are for
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps, updates and epochs of a run, converted once.
+
+    Attributes:
+        steps_per_epoch: Micro-batches of an epoch on each rank.
+        accumulation: Micro-batches of an update; the last update of an epoch has what is left.
+        epochs: Epochs of the run.
+    """
+
+    steps_per_epoch: int
+    accumulation: int
+    epochs: int
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return -(-self.steps_per_epoch // self.accumulation)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the run."""
+        return self.epochs * self.updates_per_epoch
+
+    def steps_of_update(self, update_in_epoch: int) -> int:
+        """Micro-batches of an epoch's update."""
+        return min(self.accumulation, self.steps_per_epoch - update_in_epoch * self.accumulation)
+
+
+def learning_rate_scale(config: CfgNode, ranks: int) -> float:
+    """Images of one update over those that the configured learning rates are for."""
+    return config.DATA.BATCH_SIZE * ranks * accumulation_steps(config) / _RECIPE_BATCH
+
+
+def build_optimizer(config: CfgNode, model: nn.Module, ranks: int) -> torch.optim.Optimizer:
+    """timm's optimizer of the configured name: no weight decay on biases and 1-D tensors, optional layer decay.
+
+    Raises:
+        UserError: If timm has no optimizer of that name.
+    """
+    settings = config.TRAIN.OPTIMIZER
+    name = settings.NAME.lower()
+    if name not in list_optimizers():
+        raise UserError(f"TRAIN.OPTIMIZER.NAME is {settings.NAME!r}: timm has {listing(list_optimizers(), 12)}")
+    adaptive = {} if name in ("sgd", "nesterov", "momentum") else {"eps": settings.EPS, "betas": tuple(settings.BETAS)}
+    return create_optimizer_v2(
+        model,
+        opt=name,
+        lr=config.TRAIN.BASE_LR * learning_rate_scale(config, ranks),
+        weight_decay=config.TRAIN.WEIGHT_DECAY,
+        momentum=settings.MOMENTUM,
+        layer_decay=config.TRAIN.LAYER_DECAY if config.TRAIN.LAYER_DECAY < 1 else None,
+        **adaptive,
+    )
+
+
+def build_scheduler(config: CfgNode, optimizer: torch.optim.Optimizer, steps: Steps, ranks: int) -> Scheduler:
+    """The learning rate of an update by its number: warm-up inside the epochs, then cosine, linear or step."""
+    train = config.TRAIN
+    scale = learning_rate_scale(config, ranks)
+    linear = train.LR_SCHEDULER.NAME == "linear"
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="poly" if linear else train.LR_SCHEDULER.NAME,
+        num_epochs=train.EPOCHS,
+        decay_epochs=train.LR_SCHEDULER.DECAY_EPOCHS,
+        decay_rate=1.0 if linear else train.LR_SCHEDULER.DECAY_RATE,  # timm's power of the polynomial
+        min_lr=train.MIN_LR * scale,
+        warmup_lr=train.WARMUP_LR * scale,
+        warmup_epochs=train.WARMUP_EPOCHS,
+        warmup_prefix=False,
+        step_on_epochs=False,
+        updates_per_epoch=steps.updates_per_epoch,
+    )
+    return scheduler
+
+
+def build_ema(config: CfgNode, model: nn.Module) -> ModelEmaV3 | None:
+    """timm's moving average of parameters and buffers, or None where it is off."""
+    return ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY) if config.TRAIN.EMA_DECAY > 0 else None
+
+
+def build_loss(config: CfgNode) -> nn.Module:
+    """The loss that follows from what is on: soft targets under mixup, else label smoothing, else cross-entropy."""
+    if mixes(config):
+        return SoftTargetCrossEntropy()
+    if config.MODEL.LABEL_SMOOTHING > 0:
+        return LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
+    return nn.CrossEntropyLoss()
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the network computes on a device.
+
+    Attributes:
+        name: 'fp32', 'bf16' or 'fp16'.
+        device_type: 'cpu' or 'cuda'.
+    """
+
+    name: str
+    device_type: str
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """A context in which the forward pass runs."""
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        if self.name not in dtypes:
+            return nullcontext()
+        return torch.autocast(self.device_type, dtypes[self.name])
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """torch's loss scaler, which passes everything through unless gradients are fp16."""
+        return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
+
+
+def choose_precision(config: CfgNode, device: torch.device, say: Callable[[str], None]) -> Precision:
+    """The precision that PRECISION or AMP_OPT_LEVEL asks for on a device.
+
+    Args:
+        config: The configuration.
+        device: Where the network computes.
+        say: Called with a sentence where apex's name is translated.
+    """
+    make = partial(Precision, device_type=device.type)
+    if config.AMP_OPT_LEVEL:
+        chosen = make("fp32" if config.AMP_OPT_LEVEL == "O0" or device.type == "cpu" else "fp16")
+        say(
+            f"AMP_OPT_LEVEL {config.AMP_OPT_LEVEL} is apex's name: computing in {chosen.name} on {device.type}, with torch"
+        )
+        return chosen
+    if config.PRECISION != "auto":
+        return make(config.PRECISION)
+    if device.type == "cpu":
+        return make("fp32")
+    return make("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")

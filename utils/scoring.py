@@ -1,0 +1,96 @@
+"""Scores the weights that a configuration names; shared by test.py and `train.py --eval`."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from data.build import build_eval_data
+from models.build import build_model, load_weights
+from utils import checkpoint
+from utils.dist import World
+from utils.engine import evaluate
+from utils.errors import UserError
+from utils.metrics import Score
+from utils.optim import Precision
+
+_log = logging.getLogger(__name__)
+
+
+def weights_file(config: CfgNode) -> str:
+    """The file that the configuration says to score.
+
+    Raises:
+        UserError: If it names none, or two.
+    """
+    resume, pretrained = config.MODEL.RESUME, config.MODEL.PRETRAINED
+    if resume and pretrained:
+        raise UserError("--resume and --pretrained both name weights to score: give one")
+    if not (resume or pretrained):
+        best = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG / checkpoint.BEST
+        hint = f"--resume {best}" if best.is_file() else "--pretrained FILE or --resume FILE"
+        raise UserError(f"no weights to score: add {hint}, or --random-weights to score a network that knows nothing")
+    return resume or pretrained
+
+
+def score_weights(
+    config: CfgNode, world: World, precision: Precision, use_ema: bool = False, random_weights: bool = False
+) -> tuple[Score, float]:
+    """Scores weights on the validation data, every image once.
+
+    Args:
+        config: The configuration.
+        world: This process among all.
+        precision: How to compute.
+        use_ema: Whether to take the moving average out of the checkpoint.
+        random_weights: Whether to score fresh weights instead of a checkpoint's.
+
+    Returns:
+        The score, and images per second including loading.
+
+    Raises:
+        UserError: If weights, data and configuration do not fit together.
+    """
+    state: dict[str, Any] = {}
+    if not random_weights:
+        state = checkpoint.load(weights_file(config))
+    classes = state.get("classes")
+    num_classes = config.MODEL.GMA.NUM_CLASSES or (len(classes) if classes else 0)
+    if classes and num_classes != len(classes):
+        raise UserError(
+            f"the checkpoint has {len(classes)} classes but MODEL.GMA.NUM_CLASSES is {num_classes}: "
+            f"add --opts MODEL.GMA.NUM_CLASSES {len(classes)}"
+        )
+    eval_data = build_eval_data(config, world, classes, num_classes or None)
+    if not num_classes and not eval_data.classes:
+        raise UserError("neither the checkpoint nor the data tells the number of classes: set MODEL.GMA.NUM_CLASSES")
+    network = build_model(config, num_classes or len(eval_data.classes or []))
+    if not random_weights:
+        load_weights(network, _choose(state, use_ema, weights_file(config)), weights_file(config))
+    network.to(world.device)
+    if config.CHANNELS_LAST:
+        network.to(memory_format=torch.channels_last)
+    if classes and eval_data.classes and eval_data.classes != classes:
+        _log.info(
+            "%d of the checkpoint's %d classes are in the data; matched by name", len(eval_data.classes), len(classes)
+        )
+    start = time.perf_counter()
+    score = evaluate(network, eval_data.loader, world, precision)
+    seconds = time.perf_counter() - start
+    if score.images == 0 or eval_data.images not in (0, score.images):
+        raise UserError(
+            f"{score.images} of {eval_data.images} validation images were scored: "
+            "the stream is empty or skipped broken ones; mend the data"
+        )
+    return score, score.images / seconds
+
+
+def _choose(state: dict[str, Any], use_ema: bool, source: str) -> dict[str, torch.Tensor]:
+    if not use_ema:
+        return state["model"]
+    if not state.get("ema"):
+        raise UserError(f"{source} holds no moving average: leave --ema out")
+    return state["ema"]

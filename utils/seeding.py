@@ -1,0 +1,30 @@
+"""All randomness comes from here: a number for (seed, purpose, where), so that no random state has to be kept.
+
+A sample's augmentation depends on (seed, epoch, index), mixup and drop path on (seed, update, step, rank), the order of
+an epoch on (seed, epoch). A resumed run therefore draws what an undisturbed run draws, on any number of workers.
+"""
+
+import hashlib
+import random
+
+import numpy as np
+import torch
+
+
+def number_for(seed: int, purpose: str, *where: int) -> int:
+    """A 63-bit number that depends on all of its arguments and on nothing else.
+
+    Args:
+        seed: The run's seed.
+        purpose: What the number is for; different purposes get unrelated numbers.
+        where: For which epoch, update, sample or rank.
+    """
+    text = repr((int(seed), purpose, tuple(int(place) for place in where)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_everything(number: int) -> None:
+    """Seeds the generators that the network, timm's augmentations and mixup draw from."""
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
