@@ -253,7 +253,7 @@ def state_of(
         "best": best,
         "config": config.dump(),
         "classes": classes,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "timm": timm.__version__},
     }
 
 

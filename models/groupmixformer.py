@@ -82,12 +82,12 @@ class GroupAggregator(nn.Module):
         Returns:
             The attended segments, [3, B, H, W, 4C/5], and the local branch, [B, H, W, C/5].
         """
-        _, B, H, W, C = qkv.shape
+        _, B, H, W, _ = qkv.shape
         segments = qkv.flatten(0, 1).permute(0, 3, 1, 2).split(self.segment, dim=1)  # five of [3B, C/5, H, W]
         attended = [self.act(self.norm(segments[0]))]
         for i, proxy in enumerate(self.proxies):
             attended.append(proxy(segments[i + 1]))
-        tokens = torch.cat(attended, dim=1).permute(0, 2, 3, 1).reshape(3, B, H, W, C - self.segment)
+        tokens = torch.cat(attended, dim=1).permute(0, 2, 3, 1).reshape(3, B, H, W, -1)
         local = self.local(torch.cat(segments[4].chunk(3, dim=0), dim=1)).permute(0, 2, 3, 1)
         return tokens, local
 

@@ -75,6 +75,11 @@ def is_published(state_dict: Mapping[str, object]) -> bool:
     )
 
 
+def is_ours(name: str) -> bool:
+    """Whether a tensor's name is one of ours that has a published counterpart."""
+    return _rename(name, _TO_PUBLISHED) != name
+
+
 def from_published(state_dict: Mapping[str, Value]) -> dict[str, Value]:
     """The same tensors under our names; a name that the published code does not have stays as it is."""
     return {_rename(name, _TO_OURS): value for name, value in state_dict.items()}

@@ -4,7 +4,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,29 @@ def save(state: Mapping[str, Any], path: Path) -> None:
     Raises:
         UserError: If it cannot be written.
     """
+    write_beside(path, lambda beside: torch.save(dict(state), beside))
+
+
+def write_beside(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets a function write a file beside its place, flushes it to disk and moves it there.
+
+    Args:
+        path: The place.
+        write: Given the path to write to.
+
+    Raises:
+        UserError: If it cannot be written; what was at the place before is still there then.
+    """
     beside = path.with_name(path.name + ".tmp")
     try:
-        with open(beside, "wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
+        write(beside)
+        with open(beside, "rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         beside.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error}): free or choose another --output") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be written ({reason}): free some space or choose another place") from None
 
 
 def copy(source: Path, target: Path) -> None:

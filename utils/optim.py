@@ -146,9 +146,7 @@ def choose_precision(config: CfgNode, device: torch.device, say: Callable[[str],
     make = partial(Precision, device_type=device.type)
     if config.AMP_OPT_LEVEL:
         chosen = make("fp32" if config.AMP_OPT_LEVEL == "O0" or device.type == "cpu" else "fp16")
-        say(
-            f"AMP_OPT_LEVEL {config.AMP_OPT_LEVEL} is apex's name: computing in {chosen.name} on {device.type}, with torch"
-        )
+        say(f"AMP_OPT_LEVEL {config.AMP_OPT_LEVEL} is apex's name: computing in {chosen.name} on {device.type}")
         return chosen
     if config.PRECISION != "auto":
         return make(config.PRECISION)

@@ -1,7 +1,8 @@
 """FLOPs, parameters, activations and images/s of a network."""
 
-import logging
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +13,23 @@ from yacs.config import CfgNode
 
 from utils.optim import Precision
 
-# Elementwise operators count one operation an output element; fvcore alone leaves them out, as published figures do.
-_ELEMENTWISE = ("hardswish", "gelu", "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "rsub")
+# What fvcore leaves out, and published figures with it: operations of each, by element of its output (or input).
+_SOFTMAX = 5  # maximum, difference, exponential, sum, quotient
+_ELEMENTWISE = ("hardswish", "gelu", "add", "mul")
+_POOLING = ("mean", "adaptive_avg_pool2d")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a network of a certain input costs.
+    """What a network costs for one image. fvcore counts one multiply-add as one FLOP.
 
     Attributes:
         parameters: Number of parameters.
-        flops: fvcore's FLOPs with its own operators, one multiply-add counted as one: the figure that papers print.
-        all_flops: The same with softmax, pooling and elementwise operators counted too.
+        flops: What fvcore counts by itself: the figure that papers print.
+        all_flops: The same with softmax, pooling, activations, sums and products counted too.
         activations: Elements of the outputs of convolutions, linear layers and matrix products.
-        by_operator: All FLOPs, by operator.
-        by_module: fvcore's FLOPs, by dotted module name; '' is the network.
-        activations_by_module: Activations, by dotted module name.
+        by_operator: All FLOPs by operator.
+        modules: For each module by its dotted name, '' for the network: parameters, FLOPs, all FLOPs, activations.
         uncounted: Operators without a rule, and how often each occurs.
     """
 
@@ -36,8 +38,7 @@ class Counts:
     all_flops: int
     activations: int
     by_operator: dict[str, int]
-    by_module: dict[str, int]
-    activations_by_module: dict[str, int]
+    modules: dict[str, tuple[int, int, int, int]]
     uncounted: dict[str, int]
 
 
@@ -45,46 +46,37 @@ def count(model: nn.Module, in_chans: int, height: int, width: int) -> Counts:
     """Counts one image's forward pass in evaluation mode.
 
     Args:
-        model: The network.
+        model: The network, left in evaluation mode.
         in_chans: Channels of the image.
         height: Its height in pixels.
         width: Its width in pixels.
     """
-    logging.getLogger("fvcore").setLevel(logging.ERROR)
-    image = torch.zeros(1, in_chans, height, width)
-    training = model.training
     model.eval()
-    published = _analysis(model, image)
-    everything = _analysis(model, image)
-    everything.set_op_handle("aten::softmax", _elements(5))  # maximum, difference, exponential, sum, quotient
-    everything.set_op_handle("aten::mean", _elements(1, of_input=True))
-    for name in _ELEMENTWISE:
-        everything.set_op_handle(f"aten::{name}", _elements(1))
+    image = torch.zeros(1, in_chans, height, width, device=next(model.parameters()).device)
+    flops = FlopCountAnalysis(model, image).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    extras = {"softmax": _elements(_SOFTMAX)}
+    extras |= {name: _elements(1) for name in _ELEMENTWISE} | {name: _elements(1, of="inputs") for name in _POOLING}
+    flops.set_op_handle(**{f"aten::{name}": handle for name, handle in extras.items()})
     activations = ActivationCountAnalysis(model, image).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    counts = Counts(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        flops=int(published.total()),
-        all_flops=int(everything.total()),
-        activations=int(activations.total()),
-        by_operator={name: int(number) for name, number in everything.by_operator().items()},
-        by_module={name: int(number) for name, number in published.by_module().items()},
-        activations_by_module={name: int(number) for name, number in activations.by_module().items()},
-        uncounted=dict(everything.unsupported_ops()),
-    )
-    model.train(training)
-    return counts
+    activations_of = activations.by_module()
+    modules = {}
+    for name, counts in flops.by_module_and_operator().items():
+        parameters = sum(parameter.numel() for parameter in model.get_submodule(name).parameters())
+        by_fvcore = sum(number for operator, number in counts.items() if operator not in extras)
+        modules[name] = (parameters, int(by_fvcore), int(sum(counts.values())), int(activations_of[name]))
+    parameters, by_fvcore, everything, outputs = modules[""]
+    by_operator = {name: int(number) for name, number in sorted(flops.by_operator().items())}
+    return Counts(parameters, by_fvcore, everything, outputs, by_operator, modules, dict(flops.unsupported_ops()))
 
 
-def _analysis(model: nn.Module, image: torch.Tensor) -> FlopCountAnalysis:
-    return FlopCountAnalysis(model, image).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+def _elements(operations: int, of: str = "outputs") -> Callable[[list[Any], list[Any]], int]:
+    """A rule for fvcore: so many operations for each element; the sizes that a trace computes with count nothing."""
 
+    def rule(inputs: list[Any], outputs: list[Any]) -> int:
+        sizes = (outputs if of == "outputs" else inputs)[0].type().sizes()
+        return operations * math.prod(sizes) if sizes else 0
 
-def _elements(operations: int, of_input: bool = False) -> Any:
-    def handle(inputs: list[Any], outputs: list[Any]) -> int:
-        sizes = (inputs if of_input else outputs)[0].type().sizes()
-        return operations * int(torch.Size(sizes).numel())
-
-    return handle
+    return rule
 
 
 @torch.inference_mode()

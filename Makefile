@@ -1,0 +1,45 @@
+PYTHON ?= python3
+SEED ?= 0
+BIN := .venv/bin
+DIGITS := data-digits
+RUN := output/digits/seed$(SEED)
+TRAIN = --cfg configs/digits.yaml --data-path $(DIGITS) --output output --tag seed$(SEED)
+
+.PHONY: demo test test-fast test-gpu lint clean
+
+# Train on scikit-learn's handwritten digits and score what was trained. SEED=1 chooses another seed.
+demo: .venv/.installed
+	$(BIN)/python tools/prepare_digits.py $(DIGITS)
+	$(BIN)/python train.py $(TRAIN) --seed $(SEED)
+	$(BIN)/python test.py --cfg configs/digits.yaml --data-path $(DIGITS) --resume $(RUN)/best.pth --ema
+	@echo
+	@echo "log         $(RUN)/log_rank0.txt"
+	@echo "curves      $(RUN)/curves.png      (TensorBoard: tensorboard --logdir $(RUN)/runs)"
+	@echo "checkpoint  $(RUN)/best.pth"
+	@echo
+	@echo "Next, ImageNet (D holds train/ and val/, one folder a class):"
+	@echo "  $(BIN)/torchrun --nproc_per_node 8 train.py --cfg configs/groupmixformer_small.yaml --data-path D --output output"
+
+# The whole suite, linting included. Two tests at a time, each on one thread.
+test: .venv/.installed lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu"
+
+# Without the tests that start whole programs.
+test-fast: .venv/.installed lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu and not slow"
+
+# What needs a CUDA device, on a machine that has one.
+test-gpu: .venv/.installed
+	$(BIN)/python -m pytest -q -m gpu
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/.installed: requirements.txt requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf output $(DIGITS) .pytest_cache .ruff_cache .hypothesis

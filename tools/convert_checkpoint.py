@@ -1,0 +1,73 @@
+"""Convert a checkpoint between our names and the published ones, and between .pth and .safetensors.
+
+Usage:
+    python tools/convert_checkpoint.py groupmixformer_small.pth small.safetensors
+    python tools/convert_checkpoint.py output/digits/default/best.pth digits.pth --to published --ema
+
+The weights alone are written, as {"model": weights} in a .pth file. Every tensor of the input must be one that a
+GroupMixFormer has; nothing is dropped.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import safetensors.torch
+from torch import Tensor
+
+from models.published import from_published, is_ours, is_published, to_published
+from utils import checkpoint
+from utils.cli import run
+from utils.errors import UserError, listing
+
+
+def main() -> None:
+    """Parses, converts, writes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("source", type=Path, help="a .pth or .safetensors file, of either naming")
+    parser.add_argument("target", type=Path, help="the .pth or .safetensors file to write")
+    parser.add_argument("--to", choices=["ours", "published"], default="ours", help="names to write (default ours)")
+    parser.add_argument("--ema", action="store_true", help="take the moving average instead of the weights")
+    arguments = parser.parse_args()
+    state = checkpoint.load(arguments.source)
+    if arguments.ema and not state.get("ema"):
+        raise UserError(f"{arguments.source} holds no moving average: leave --ema out")
+    weights = convert(state["ema" if arguments.ema else "model"], arguments.to, str(arguments.source))
+    write(weights, arguments.target)
+    print(f"{arguments.target}: {len(weights)} tensors under {arguments.to} names")
+
+
+def convert(weights: Mapping[str, Tensor], names: str, source: str) -> dict[str, Tensor]:
+    """Weights under 'ours' or 'published' names, whichever they have.
+
+    Raises:
+        UserError: If a tensor is not one of a GroupMixFormer.
+    """
+    ours = from_published(weights) if is_published(weights) else dict(weights)
+    foreign = [name for name in ours if not is_ours(name)]
+    if foreign:
+        raise UserError(f"{source} has {listing(foreign)}, which no GroupMixFormer has: name another file")
+    return ours if names == "ours" else to_published(ours)
+
+
+def write(weights: dict[str, Tensor], path: Path) -> None:
+    """Writes weights in the form that the file's ending says.
+
+    Raises:
+        UserError: If the ending is another, or the file cannot be written.
+    """
+    if path.suffix == ".pth":
+        checkpoint.save({"model": weights}, path)
+    elif path.suffix == ".safetensors":
+        checkpoint.write_beside(path, lambda beside: safetensors.torch.save_file(weights, beside))
+    else:
+        raise UserError(f"{path}: end the name in .pth or .safetensors")
+
+
+if __name__ == "__main__":
+    run(main)
