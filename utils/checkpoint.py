@@ -87,12 +87,6 @@ def load(path: str | Path) -> dict[str, Any]:
     return state if isinstance(state.get("model"), Mapping) else {"model": state}
 
 
-def find_last(folder: Path) -> Path | None:
-    """The checkpoint that a run in this folder goes on from, if it has one."""
-    path = folder / LAST
-    return path if path.is_file() else None
-
-
 def numbered(folder: Path) -> list[Path]:
     """The numbered checkpoints of a folder, oldest first."""
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]

@@ -1,0 +1,74 @@
+"""What a training run tells its user: log lines in the published form, TensorBoard tags, metrics.jsonl."""
+
+import datetime
+import logging
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from utils.engine import Report, Training
+from utils.logger import MetricsLog
+from utils.metrics import Score
+from utils.optim import learning_rate_scale
+
+_log = logging.getLogger(__name__)
+
+
+def log_plan(config: CfgNode, training: Training, val_images: int) -> None:
+    """Says what is about to run."""
+    parameters = sum(parameter.numel() for parameter in training.network.parameters())
+    steps, world = training.steps, training.world
+    images = training.batch_size * world.size * steps.accumulation
+    lr = config.TRAIN.BASE_LR * learning_rate_scale(config, world.size)
+    mixup = "mixup on" if training.mixup else "mixup off"
+    _log.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {training.network.num_classes} classes")
+    _log.info(
+        f"{world.size} rank(s) on {world.device.type}, {training.precision.name}, {torch.get_num_threads()} CPU threads"
+    )
+    _log.info(f"{steps.epochs} epochs of {steps.updates_per_epoch} updates of {images} images, up to lr {lr:.3g}")
+    _log.info(f"loss {type(training.criterion).__name__}, {mixup}; {val_images or 'unknown'} validation images")
+
+
+def log_report(report: Report, training: Training, metrics: MetricsLog) -> None:
+    """Writes one line of training progress."""
+    steps = training.steps
+    left = datetime.timedelta(seconds=int(report.seconds * (steps.updates - report.update)))
+    _log.info(
+        f"Train: [{report.epoch}/{steps.epochs}][{report.update_in_epoch}/{steps.updates_per_epoch}]\t"
+        f"eta {left} lr {report.lr:.6f}\ttime {report.seconds:.4f}\tloss {report.loss:.4f}\t"
+        f"grad_norm {report.grad_norm:.4f}\tmem {report.memory_mb:.0f}MB\t{report.images_per_s:.1f} images/s",
+        extra={"progress": True},
+    )
+    common = {
+        "loss": report.loss,
+        "lr": report.lr,
+        "grad_norm": report.grad_norm,
+        "images_per_s": report.images_per_s,
+    }
+    extras = {"data_time": report.data_share * report.seconds, "memory_mb": report.memory_mb}
+    metrics.write({"update": report.update, "epoch": report.epoch, **common}, common | extras)
+
+
+def log_scores(
+    scores: dict[str, Score], best: dict[str, Any], epoch: int, training: Training, metrics: MetricsLog
+) -> None:
+    """Writes the scores of an epoch.
+
+    Args:
+        scores: By 'model' and, where there is one, 'ema'.
+        best: The best so far.
+        epoch: Number of the epoch, from 0.
+        training: What trains.
+        metrics: Where to.
+    """
+    line: dict[str, float] = {"update": (epoch + 1) * training.steps.updates_per_epoch, "epoch": epoch}
+    tags = {}
+    for name, score in scores.items():
+        of_ema = name == "ema"
+        _log.info(f" * {'EMA ' if of_ema else ''}Acc@1 {score.acc1:.3f} Acc@5 {score.acc5:.3f}")
+        prefix, suffix = ("ema_", "_ema") if of_ema else ("", "")
+        line |= {f"{prefix}acc1": score.acc1, f"{prefix}acc5": score.acc5, f"{prefix}loss": score.loss}
+        tags |= {f"Acc@1{suffix}": score.acc1, f"Acc@5{suffix}": score.acc5}
+    _log.info(f"best Acc@1 so far: {best['acc1']:.3f} (epoch {best['epoch']})")
+    metrics.write(line, tags)
