@@ -18,8 +18,8 @@ from utils.dist import World, world
 from utils.errors import UserError
 from utils.logger import setup_logging
 from utils.optim import Precision, choose_precision
-from utils.profiling import throughput_line
 from utils.scoring import score_weights
+from utils.throughput import throughput_line
 
 _log = logging.getLogger(__name__)
 

@@ -35,11 +35,11 @@ from utils.errors import UserError
 from utils.logger import MetricsLog, setup_logging
 from utils.metrics import Score
 from utils.optim import Precision, Steps, build_ema, build_loss, build_optimizer, build_scheduler, choose_precision
-from utils.profiling import throughput_line
 from utils.report import log_plan, log_report, log_scores
 from utils.resume import find_state, restore, start_from_pretrained, state_of
 from utils.scoring import score_weights
 from utils.seeding import number_for, seed_everything
+from utils.throughput import throughput_line
 
 _log = logging.getLogger(__name__)
 
@@ -106,8 +106,7 @@ def build_training(
     memory_format = torch.channels_last if config.CHANNELS_LAST else torch.contiguous_format
     on_gpus = here.device.type == "cuda"
     torch.backends.cudnn.benchmark = on_gpus
-    synchronise_norms = on_gpus and here.size > 1 and config.TRAIN.SYNC_BN
-    if synchronise_norms:
+    if on_gpus and here.size > 1 and config.TRAIN.SYNC_BN:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(here.device, memory_format=memory_format)
     steps = Steps(steps_per_epoch, accumulation_steps(config), config.TRAIN.EPOCHS)
@@ -118,7 +117,6 @@ def build_training(
         model = DistributedDataParallel(
             network,
             device_ids=[here.device.index] if on_gpus else None,
-            broadcast_buffers=not synchronise_norms,
             gradient_as_bucket_view=True,
         )
     return Training(

@@ -61,14 +61,14 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
     if isinstance(source, IterableImageDataset):
         source.set_loader_cfg(num_workers=data.NUM_WORKERS)
         stream = ImageStream(source, transform, mode, world, config.SEED)
-        loader = DataLoader(stream, data.BATCH_SIZE, drop_last=True, **_loader_settings(config))
+        loader = DataLoader(stream, data.BATCH_SIZE, drop_last=True, **_loader_settings(config, world))
         classes, images, steps = stream.classes, len(stream) * world.size, len(stream) // data.BATCH_SIZE
     else:
         sampler = TrainBatchSampler(
             len(source), data.BATCH_SIZE, world.rank, world.size, config.SEED, config.AUG.REPEATS
         )
         samples = ImageSamples(source, transform, mode)
-        loader = DataLoader(samples, batch_sampler=sampler, **_loader_settings(config))
+        loader = DataLoader(samples, batch_sampler=sampler, **_loader_settings(config, world))
         classes, images, steps = source.classes, len(source), len(sampler)
     if steps == 0:
         raise UserError(
@@ -97,20 +97,20 @@ def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_
         stream = ImageStream(source, transform, mode, world, seed=None)
         if stream.classes is not None and known is not None:
             check_same_classes(known, stream.classes)
-        loader = DataLoader(stream, data.BATCH_SIZE, **_loader_settings(config))
+        loader = DataLoader(stream, data.BATCH_SIZE, **_loader_settings(config, world))
         return EvalData(loader, stream.classes, source.reader.num_samples or 0)
     to_class = map_classes(source.classes, known, num_classes or len(source.classes or []))
     samples = ImageSamples(source, transform, mode, to_class)
     sampler = EvalSampler(len(source), world.rank, world.size)
-    loader = DataLoader(samples, data.BATCH_SIZE, sampler=sampler, **_loader_settings(config))
+    loader = DataLoader(samples, data.BATCH_SIZE, sampler=sampler, **_loader_settings(config, world))
     return EvalData(loader, source.classes, len(source))
 
 
-def _loader_settings(config: CfgNode) -> dict[str, Any]:
+def _loader_settings(config: CfgNode, world: World) -> dict[str, Any]:
     workers = config.DATA.NUM_WORKERS
     return {
         "num_workers": workers,
-        "pin_memory": config.DATA.PIN_MEMORY and config.DEVICE != "cpu",
+        "pin_memory": config.DATA.PIN_MEMORY and world.device.type == "cuda",
         "persistent_workers": workers > 0,
     }
 

@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def convert(weights: Mapping[str, Tensor], names: str, source: str) -> dict[str, Tensor]:
-    """Weights under 'ours' or 'published' names, whichever they have.
+    """Weights under 'ours' or 'published' names, whichever they have, each contiguous as safetensors needs it.
 
     Raises:
         UserError: If a tensor is not one of a GroupMixFormer.
@@ -52,7 +52,8 @@ def convert(weights: Mapping[str, Tensor], names: str, source: str) -> dict[str,
     foreign = [name for name in ours if not is_ours(name)]
     if foreign:
         raise UserError(f"{source} has {listing(foreign)}, which no GroupMixFormer has: name another file")
-    return ours if names == "ours" else to_published(ours)
+    contiguous = {name: tensor.contiguous() for name, tensor in ours.items()}
+    return contiguous if names == "ours" else to_published(contiguous)
 
 
 def write(weights: dict[str, Tensor], path: Path) -> None:

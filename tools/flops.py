@@ -21,7 +21,7 @@ from models.build import build_model  # noqa: E402
 from utils.cli import run  # noqa: E402
 from utils.config import check, load_config  # noqa: E402
 from utils.errors import UserError  # noqa: E402
-from utils.profiling import Counts, count  # noqa: E402
+from utils.flops import Counts, count  # noqa: E402
 
 # Parameters and FLOPs that the paper's table prints. The only public configuration of large counts more than the
 # paper says of it (its own comment says that it needs adjusting).

@@ -44,7 +44,7 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         beside.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be written ({reason}): free some space or choose another place") from None

@@ -1,17 +1,17 @@
-"""FLOPs, parameters, activations and images/s of a network."""
+"""FLOPs, parameters and activations of a network, by fvcore."""
 
 import math
-import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 from torch import nn
-from yacs.config import CfgNode
 
-from utils.optim import Precision
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # fvcore's import meets a deprecation of torch's
+    from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
 
 # What fvcore leaves out, and published figures with it: operations of each, by element of its output (or input).
 _SOFTMAX = 5  # maximum, difference, exponential, sum, quotient
@@ -77,48 +77,3 @@ def _elements(operations: int, of: str = "outputs") -> Callable[[list[Any], list
         return operations * math.prod(sizes) if sizes else 0
 
     return rule
-
-
-@torch.inference_mode()
-def throughput(
-    model: nn.Module, images: torch.Tensor, precision: Precision, warmup: int = 3, seconds: float = 10.0
-) -> float:
-    """Images per second of a network's forward pass in evaluation mode.
-
-    Args:
-        model: The network, on the images' device.
-        images: One batch, [B, C, H, W].
-        precision: How to compute.
-        warmup: Batches before the clock starts.
-        seconds: How long to measure at least.
-    """
-    model.eval()
-    with precision.autocast():
-        for _ in range(warmup):
-            model(images)
-        _wait(images.device)
-        batches, start, elapsed = 0, time.perf_counter(), 0.0
-        while elapsed < seconds:
-            model(images)
-            _wait(images.device)
-            batches += 1
-            elapsed = time.perf_counter() - start
-    return batches * len(images) / elapsed
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def throughput_line(model: nn.Module, config: CfgNode, device: torch.device, precision: Precision) -> str:
-    """Measures a network at the configured batch and image size, and says under which conditions."""
-    memory_format = torch.channels_last if config.CHANNELS_LAST else torch.contiguous_format
-    size, batch = config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE
-    images = torch.randn(batch, config.MODEL.GMA.IN_DIM, size, size, device=device).to(memory_format=memory_format)
-    speed = throughput(model.to(device, memory_format=memory_format), images, precision)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return (
-        f"throughput {speed:.1f} images/s (batch {batch}, {size} x {size}, {precision.name}, {name}, "
-        f"{torch.get_num_threads()} CPU threads)"
-    )
