@@ -29,7 +29,7 @@ from utils import checkpoint
 from utils.cli import config_from, make_parser, run
 from utils.config import accumulation_steps
 from utils.curves import draw_curves
-from utils.dist import World, barrier, broadcast_buffers, world
+from utils.dist import World, barrier, broadcast_buffers, same_on_all_ranks, world
 from utils.engine import Training, evaluate, train_one_epoch
 from utils.errors import UserError
 from utils.logger import MetricsLog, setup_logging
@@ -71,6 +71,8 @@ def train(config: CfgNode, here: World, precision: Precision) -> None:
 
     folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
     state = find_state(config, folder)
+    if not same_on_all_ranks(state["progress"]["update"] if state else 0, here.device):
+        raise UserError(f"ranks find different checkpoints in {folder}: put --output where all machines see it")
     if state is None:
         start_from_pretrained(config, network)
     make_folder(folder, here)

@@ -1,5 +1,6 @@
 """Loaders and mixup from the configuration."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
     data, transform, mode = config.DATA, train_transform(config), image_mode(config)
     source = open_split(config, data.TRAIN_SPLIT, is_training=True)
     if isinstance(source, IterableImageDataset):
-        source.set_loader_cfg(num_workers=data.NUM_WORKERS)
+        source.set_loader_cfg(num_workers=_workers(config, world))
         stream = ImageStream(source, transform, mode, world, config.SEED)
         loader = DataLoader(stream, data.BATCH_SIZE, drop_last=True, **_loader_settings(config, world))
         classes, images, steps = stream.classes, len(stream) * world.size, len(stream) // data.BATCH_SIZE
@@ -93,7 +94,7 @@ def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_
     data, transform, mode = config.DATA, eval_transform(config), image_mode(config)
     source = open_split(config, data.VAL_SPLIT, is_training=False)
     if isinstance(source, IterableImageDataset):
-        source.set_loader_cfg(num_workers=data.NUM_WORKERS)
+        source.set_loader_cfg(num_workers=_workers(config, world))
         stream = ImageStream(source, transform, mode, world, seed=None)
         if stream.classes is not None and known is not None:
             check_same_classes(known, stream.classes)
@@ -106,8 +107,14 @@ def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_
     return EvalData(loader, source.classes, len(source))
 
 
+def _workers(config: CfgNode, world: World) -> int:
+    """The configured number of loader processes, or as many as this rank has cores where that is less."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(config.DATA.NUM_WORKERS, max(cores // world.local_size, 1))
+
+
 def _loader_settings(config: CfgNode, world: World) -> dict[str, Any]:
-    workers = config.DATA.NUM_WORKERS
+    workers = _workers(config, world)
     return {
         "num_workers": workers,
         "pin_memory": config.DATA.PIN_MEMORY and world.device.type == "cuda",

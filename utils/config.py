@@ -31,7 +31,7 @@ def default_config() -> CfgNode:
                 "INTERPOLATION": "bicubic",
                 "MEAN": list(IMAGENET_DEFAULT_MEAN),
                 "STD": list(IMAGENET_DEFAULT_STD),
-                "NUM_WORKERS": 8,  # on each rank
+                "NUM_WORKERS": 8,  # on each rank, at most as many as it has cores
                 "PIN_MEMORY": True,
             },
             "MODEL": {

@@ -1,6 +1,7 @@
 """curves.png: a run's loss, accuracy, learning rate and gradient norm, drawn from its metrics.jsonl."""
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,9 +37,9 @@ def draw_curves(folder: Path, updates_per_epoch: int) -> None:
     FigureCanvasAgg(figure).print_png(str(folder / "curves.png"))
 
 
-def _draw(axis: Axes, lines: list[dict[str, float]], curves: dict[str, tuple[str, str]], title: str) -> None:
+def _draw(axis: Axes, lines: list[dict[str, Any]], curves: dict[str, tuple[str, str]], title: str) -> None:
     for key, (label, colour) in curves.items():
-        points = [(line["epoch"], line[key]) for line in lines if key in line]
+        points = [(line["epoch"], line[key]) for line in lines if line.get(key) is not None]
         if points:
             marker = "o" if len(points) < 60 and "acc1" in lines[0] else None
             axis.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.5, marker=marker, markersize=3)

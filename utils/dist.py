@@ -20,11 +20,13 @@ class World:
         rank: Number of this process, from 0.
         size: Number of processes.
         device: The device that this process computes on.
+        local_size: Number of processes on this machine.
     """
 
     rank: int
     size: int
     device: torch.device
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -70,9 +72,12 @@ def world(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(rank, size, chosen)
         return
-    torch_dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if chosen.type == "cuda":
+        torch_dist.init_process_group("nccl", device_id=chosen)
+    else:
+        torch_dist.init_process_group("gloo")
     try:
-        yield World(rank, size, chosen)
+        yield World(rank, size, chosen, local_size)
     finally:
         torch_dist.destroy_process_group()
 
@@ -89,6 +94,15 @@ def broadcast_buffers(module: nn.Module) -> None:
     if torch_dist.is_initialized():
         for buffer in module.buffers():
             torch_dist.broadcast(buffer, src=0)
+
+
+def same_on_all_ranks(number: int, device: torch.device) -> bool:
+    """Whether all ranks came with the same number; every rank must ask."""
+    if not torch_dist.is_initialized():
+        return True
+    bounds = torch.tensor([number, -number], device=device)
+    torch_dist.all_reduce(bounds, torch_dist.ReduceOp.MAX)
+    return bounds[0].item() == -bounds[1].item()
 
 
 def barrier() -> None:

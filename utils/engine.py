@@ -106,7 +106,7 @@ def train_one_epoch(
         report: Called with each report.
 
     Raises:
-        UserError: If the loss is not finite; all ranks raise it at the same report.
+        UserError: If the loss or, outside fp16, a gradient is not finite; all ranks raise it at the same report.
     """
     run.model.train()
     device, steps = run.world.device, run.steps
@@ -182,10 +182,11 @@ class _Meter:
         sums = sum_over_ranks(torch.stack((self.loss, self.grad_norm)))
         loss, grad_norm = (sums / (run.world.size * self.updates)).tolist()
         elapsed = time.perf_counter() - self._start
-        if not math.isfinite(loss):
+        # Under the fp16 scaler a gradient that is not finite is normal: the scaler leaves that update out.
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
             raise UserError(
-                f"the loss became {loss} before update {update} (epoch {epoch}), and no checkpoint of it was written: "
-                "lower TRAIN.BASE_LR, set TRAIN.CLIP_GRAD, or try --precision fp32"
+                f"the loss became {loss} and the gradient norm {grad_norm} by update {update} (epoch {epoch}); no "
+                "checkpoint of it was written: lower TRAIN.BASE_LR, set TRAIN.CLIP_GRAD, or try --precision fp32"
             )
         return Report(
             epoch=epoch,

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -68,12 +70,13 @@ class MetricsLog:
         """Writes one line, and TensorBoard scalars.
 
         Args:
-            values: The line; has the key 'update'.
+            values: The line; has the key 'update'. What is not finite is written as null.
             tags: Scalars by their TensorBoard tags.
         """
         if self._path and self._writer:
             with open(self._path, "a") as file:
-                file.write(json.dumps(dict(values)) + "\n")
+                line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+                file.write(json.dumps(line) + "\n")
             for tag, value in tags.items():
                 self._writer.add_scalar(tag, value, values["update"])
 
@@ -87,7 +90,7 @@ class MetricsLog:
             self._writer.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; none if it is not there. A last line cut short by a kill is left out."""
     if not path.is_file():
         return []
