@@ -60,6 +60,10 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
     data, transform, mode = config.DATA, train_transform(config), image_mode(config)
     source = open_split(config, data.TRAIN_SPLIT, is_training=True)
     if isinstance(source, IterableImageDataset):
+        if config.AUG.REPEATS > 1:
+            raise UserError(
+                f"AUG.REPEATS {config.AUG.REPEATS} needs random access, which {data.DATASET} has not: set it to 1"
+            )
         source.set_loader_cfg(num_workers=_workers(config, world))
         stream = ImageStream(source, transform, mode, world, config.SEED)
         loader = DataLoader(stream, data.BATCH_SIZE, drop_last=True, **_loader_settings(config, world))

@@ -19,10 +19,11 @@ from yacs.config import CfgNode
 from data.samplers import SampleKey
 from data.transforms import Transform
 from utils.dist import World
-from utils.errors import UserError, listing
+from utils.errors import UserError, listing, reason
 from utils.seeding import number_for, seed_everything
 
 _FOLDER_NAMES = ("folder", "imagenet")  # the published configurations call an ImageNet folder 'imagenet'
+_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises at a broken image
 _TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 
@@ -96,15 +97,19 @@ class TimmSource:
         return Image.open(file), int(target)
 
     def name(self, index: int) -> str:
-        """What the reader calls the sample."""
-        return self._reader.filename(index) if self._reader is not None else f"sample {index}"
+        """What the reader calls the sample, or its file where torchvision tells."""
+        if self._reader is not None:
+            return self._reader.filename(index)
+        samples = getattr(self._dataset, "samples", None)
+        return str(samples[index][0]) if samples else f"sample {index}"
 
 
 def class_names(dataset: Any) -> list[str] | None:
     """Names by class number, of a data set of timm or torchvision, or None where it does not tell."""
     if names := getattr(dataset, "classes", None):
         return list(map(str, names))
-    numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    reader = getattr(dataset, "reader", None)
+    numbers = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     if not numbers:
         return None
     return [str(name) for name, _ in sorted(numbers.items(), key=lambda item: item[1])]
@@ -139,9 +144,8 @@ class ImageSamples(Dataset):
         try:
             image, target = self.source.read(index)
             image = image.convert(self._mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{self.source.name(index)} is broken ({reason}): mend or remove it") from None
+        except _BROKEN as error:
+            raise UserError(f"{self.source.name(index)} is broken ({reason(error)}): mend or remove it") from None
         return self._transform(image), self._to_class[target] if self._to_class else target
 
 
@@ -179,13 +183,20 @@ class ImageStream(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         info = get_worker_info()
         worker = info.id if info else 0
-        for count, (image, target) in enumerate(self.dataset):
+        for count, (image, target) in enumerate(self._images()):
             if self._seed is not None:
                 where = (int(self._epoch), self._world.rank, worker, count)
                 seed_everything(number_for(self._seed, "augment stream", *where))
             elif count % self._world.size != self._world.rank:
                 continue
-            yield self._transform(image.convert(self._mode)), int(target)
+            yield self._transform(image), target
+
+    def _images(self) -> Iterator[tuple[Image.Image, int]]:
+        try:
+            for image, target in self.dataset:
+                yield image.convert(self._mode), int(target)
+        except _BROKEN as error:
+            raise UserError(f"the stream has a broken image ({reason(error)}): mend its shards") from None
 
 
 def open_split(config: CfgNode, split: str, is_training: bool) -> FolderSource | TimmSource | IterableImageDataset:
@@ -212,24 +223,22 @@ def open_split(config: CfgNode, split: str, is_training: bool) -> FolderSource |
         path = Path(root) / f"{split}.tar"
         if not path.is_file():
             raise UserError(f"{path} does not exist: DATA.DATASET tar needs a tar file of class folders for each split")
-        return TimmSource(create_dataset("", root=str(path)))
+        return _open_timm(config, name="", root=str(path), split=split)
     if not name.lower().startswith(_TIMM_PREFIXES):
         raise UserError(
             f"DATA.DATASET is {name!r}: choose folder, tar, or timm's name of a data set, after one of "
             + ", ".join(_TIMM_PREFIXES)
         )
+    settings = {"is_training": is_training, "batch_size": config.DATA.BATCH_SIZE, "seed": config.SEED}
+    return _open_timm(config, name=name, root=root or None, split=split, **settings)
+
+
+def _open_timm(config: CfgNode, **settings: Any) -> TimmSource | IterableImageDataset:
     try:
-        dataset = create_dataset(
-            name,
-            root=root or None,
-            split=split,
-            is_training=is_training,
-            batch_size=config.DATA.BATCH_SIZE,
-            seed=config.SEED,
-        )
-    except (ImportError, RuntimeError, ValueError, AssertionError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"DATA.DATASET {name}, split {split}, cannot be opened under '{root}': {reason}") from None
+        dataset = create_dataset(**settings)
+    except Exception as error:  # timm's readers, and the libraries below them, raise errors of many kinds
+        where = f"DATA.DATASET {config.DATA.DATASET}, split {settings['split']}, under '{settings['root'] or ''}'"
+        raise UserError(f"{where} cannot be opened ({reason(error)}): mend the data or the names") from None
     return dataset if isinstance(dataset, IterableImageDataset) else TimmSource(dataset)
 
 

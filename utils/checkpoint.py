@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from utils.errors import UserError
+from utils.errors import UserError, reason
 
 LAST = "last.pth"
 BEST = "best.pth"
@@ -46,8 +46,9 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
         beside.replace(path)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         beside.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be written ({reason}): free some space or choose another place") from None
+        raise UserError(
+            f"{path} cannot be written ({reason(error)}): free some space or choose another place"
+        ) from None
 
 
 def copy(source: Path, target: Path) -> None:
@@ -79,9 +80,8 @@ def load(path: str | Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is no checkpoint of plain tensors; nothing in it was run: name another file") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it is empty"
-        raise UserError(f"{path} is no checkpoint ({reason}): name another file") from None
+    except Exception as error:  # what random bytes make the readers raise is not theirs to promise
+        raise UserError(f"{path} is no checkpoint ({reason(error)}): name another file") from None
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path} is no checkpoint (it holds a {type(state).__name__}): name another file")
     return state if isinstance(state.get("model"), Mapping) else {"model": state}

@@ -141,6 +141,9 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "TRAIN.ACCUMULATION_STEPS": (0, math.inf, "steps"),
     "TRAIN.EMA_DECAY": (0, 0.999999999, "a factor, 0 for no moving average"),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": (1, math.inf, "epochs"),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": (0, 1, "a factor"),
+    "TRAIN.OPTIMIZER.EPS": (0, math.inf, "a small number"),
+    "TRAIN.OPTIMIZER.MOMENTUM": (0, 1, "a factor"),
     "AUG.HFLIP": (0, 1, "a probability"),
     "AUG.COLOR_JITTER": (0, math.inf, "a strength"),
     "AUG.REPROB": (0, 1, "a probability"),
@@ -192,7 +195,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: {error.problem or error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that is none
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no keys: write KEY: value lines, as in configs/")
@@ -214,8 +217,11 @@ def _merge_file(config: CfgNode, path: Path, above: tuple[Path, ...]) -> None:
     if path.resolve() in above:
         raise UserError(f"{path}: BASE leads back to the file itself: break the circle")
     values = _read_yaml(path)
-    bases = values.pop("BASE", [])
-    for base in [bases] if isinstance(bases, str) else bases or []:
+    bases = values.pop("BASE", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: BASE is {bases!r}: name a file, or a list of files")
+    for base in bases:
         if base:
             _merge_file(config, path.parent / base, (*above, path.resolve()))
     merge(config, values, str(path))
@@ -258,7 +264,7 @@ def merge_options(config: CfgNode, options: list[str]) -> None:
     for name, text in zip(options[::2], options[1::2], strict=True):
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise UserError(f"--opts {name} {text!r}: the value is not valid YAML: quote it") from None
         for part in reversed(name.split(".")):
             value = {part: value}
@@ -312,7 +318,7 @@ def check(config: CfgNode) -> None:
             raise UserError(f"{name} is {lookup(config, name)!r}: choose one of {allowed}")
     for name, (least, most, meaning) in _RANGES.items():
         value = lookup(config, name)
-        if not least <= value <= most:
+        if not (least <= value <= most and math.isfinite(value)):
             bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise UserError(f"{name} is {value}: give {meaning}, {bounds}")
     _check_combinations(config)
@@ -336,10 +342,11 @@ def _check_combinations(config: CfgNode) -> None:
     for name in ("SCALE", "RATIO"):
         if len(aug[name]) != 2 or not 0 < aug[name][0] <= aug[name][1]:
             raise UserError(f"AUG.{name} is {aug[name]}: give a lower and an upper bound above 0")
-    if len(train.OPTIMIZER.BETAS) != 2:
-        raise UserError(f"TRAIN.OPTIMIZER.BETAS is {train.OPTIMIZER.BETAS}: give two numbers")
-    if aug.CUTMIX_MINMAX is not None and len(aug.CUTMIX_MINMAX) != 2:
-        raise UserError(f"AUG.CUTMIX_MINMAX is {aug.CUTMIX_MINMAX}: give two numbers, or None")
+    betas, minmax = train.OPTIMIZER.BETAS, aug.CUTMIX_MINMAX
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"TRAIN.OPTIMIZER.BETAS is {betas}: give two numbers from 0 to below 1")
+    if minmax is not None and (len(minmax) != 2 or not 0 <= minmax[0] <= minmax[1] <= 1):
+        raise UserError(f"AUG.CUTMIX_MINMAX is {minmax}: give a lower and an upper share from 0 to 1, or None")
     if train.WARMUP_EPOCHS > train.EPOCHS:
         raise UserError(f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is more than TRAIN.EPOCHS {train.EPOCHS}: lower it")
     if mixes(config) and config.DATA.BATCH_SIZE % 2:

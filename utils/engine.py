@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -106,7 +107,8 @@ def train_one_epoch(
         report: Called with each report.
 
     Raises:
-        UserError: If the loss or, outside fp16, a gradient is not finite; all ranks raise it at the same report.
+        UserError: If the loss or, outside fp16, a gradient is not finite (all ranks raise it at the same report), or
+            the loader gives fewer batches than an epoch has.
     """
     run.model.train()
     device, steps = run.world.device, run.steps
@@ -114,7 +116,9 @@ def train_one_epoch(
     meter = _Meter(run)
     bar = tqdm(total=steps.updates_per_epoch, desc=f"epoch {epoch}", disable=None if run.world.is_main else True)
     waiting_since = time.perf_counter()
-    for step, (images, targets) in enumerate(loader):
+    taken = 0
+    for step, (images, targets) in enumerate(islice(loader, steps.steps_per_epoch)):
+        taken = step + 1
         update_in_epoch, micro_step = divmod(step, steps.accumulation)
         update, micro_steps = first_update + update_in_epoch, steps.steps_of_update(update_in_epoch)
         is_last = micro_step == micro_steps - 1
@@ -136,6 +140,11 @@ def train_one_epoch(
                 meter = _Meter(run)
         waiting_since = time.perf_counter()
     bar.close()
+    if taken < steps.steps_per_epoch:
+        raise UserError(
+            f"the data gave {taken} of {steps.steps_per_epoch} batches in epoch {epoch}: a stream's shards are missing "
+            "or hold fewer images than its index says; mend them"
+        )
 
 
 def _accumulate(

@@ -5,6 +5,11 @@ class UserError(Exception):
     """Something outside the code is wrong. The message is one line: what, where, and what to do."""
 
 
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def listing(names: list[str], most: int = 5) -> str:
     """The first few names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""

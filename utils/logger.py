@@ -63,8 +63,7 @@ class MetricsLog:
         if self._path:
             lines = [line for line in read_metrics(self._path) if line["update"] <= update]
             self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            purge = update + 1 if update else None
-            self._writer = SummaryWriter(str(folder / "runs"), purge_step=purge, flush_secs=30)
+            self._writer = SummaryWriter(str(folder / "runs"), purge_step=update + 1, flush_secs=30)
 
     def write(self, values: Mapping[str, float | int], tags: Mapping[str, float]) -> None:
         """Writes one line, and TensorBoard scalars.

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -15,7 +15,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from utils.config import accumulation_steps, mixes
-from utils.errors import UserError, listing
+from utils.errors import UserError, listing, reason
 
 _RECIPE_BATCH = 512  # the batch that the recipe's learning rates are for
 
@@ -58,22 +58,32 @@ def build_optimizer(config: CfgNode, model: nn.Module, ranks: int) -> torch.opti
     """timm's optimizer of the configured name: no weight decay on biases and 1-D tensors, optional layer decay.
 
     Raises:
-        UserError: If timm has no optimizer of that name.
+        UserError: If timm has no optimizer of that name, or it cannot be used here.
     """
     settings = config.TRAIN.OPTIMIZER
     name = settings.NAME.lower()
     if name not in list_optimizers():
         raise UserError(f"TRAIN.OPTIMIZER.NAME is {settings.NAME!r}: timm has {listing(list_optimizers(), 12)}")
-    adaptive = {} if name in ("sgd", "nesterov", "momentum") else {"eps": settings.EPS, "betas": tuple(settings.BETAS)}
-    return create_optimizer_v2(
-        model,
-        opt=name,
-        lr=config.TRAIN.BASE_LR * learning_rate_scale(config, ranks),
-        weight_decay=config.TRAIN.WEIGHT_DECAY,
-        momentum=settings.MOMENTUM,
-        layer_decay=config.TRAIN.LAYER_DECAY if config.TRAIN.LAYER_DECAY < 1 else None,
-        **adaptive,
-    )
+    info = get_optimizer_info(name)
+    if info.second_order:
+        raise UserError(
+            f"TRAIN.OPTIMIZER.NAME {name} needs second derivatives, which are not computed here: choose another"
+        )
+    adaptive = {"eps": settings.EPS} if info.has_eps else {}
+    if info.has_betas and info.num_betas == len(settings.BETAS):
+        adaptive["betas"] = tuple(settings.BETAS)
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=name,
+            lr=config.TRAIN.BASE_LR * learning_rate_scale(config, ranks),
+            weight_decay=config.TRAIN.WEIGHT_DECAY,
+            momentum=settings.MOMENTUM,
+            layer_decay=config.TRAIN.LAYER_DECAY if config.TRAIN.LAYER_DECAY < 1 else None,
+            **adaptive,
+        )
+    except (AssertionError, ImportError) as error:
+        raise UserError(f"TRAIN.OPTIMIZER.NAME {name} cannot be used here ({reason(error)}): choose another") from None
 
 
 def build_scheduler(config: CfgNode, optimizer: torch.optim.Optimizer, steps: Steps, ranks: int) -> Scheduler:
