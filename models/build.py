@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 from models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
 from utils.errors import UserError, listing
 
+_RGB = 3  # the only number of input channels that timm adapts from
 _INPUT_CONV, _HEAD = "stem.conv1.weight", ("head.fc.weight", "head.fc.bias")
 
 
@@ -46,6 +47,9 @@ def load_weights(model: GroupMixFormer, state_dict: Mapping[str, Tensor], source
         UserError: Naming the tensors that do not fit.
     """
     wanted, given = model.state_dict(), checkpoint_filter_fn(state_dict, model)
+    strange = [str(name) for name, value in given.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise UserError(f"{source} holds no weights under {listing(strange)}: name another file")
     problems = []
     if missing := [name for name in wanted if name not in given]:
         problems.append(f"it lacks {listing(missing)}")
@@ -80,12 +84,14 @@ def load_pretrained(model: GroupMixFormer, state_dict: Mapping[str, Tensor], sou
     weights: dict[str, Any] = dict(checkpoint_filter_fn(state_dict, model))
     fresh, sentences = model.state_dict(), []
     head = weights.get(_HEAD[0])
-    if head is None or head.shape != fresh[_HEAD[0]].shape:
-        weights.update({name: fresh[name] for name in _HEAD})
-        had = "no head" if head is None else f"{head.shape[0]} classes"
+    if getattr(head, "shape", None) != getattr(fresh.get(_HEAD[0]), "shape", None):
+        for name in _HEAD:
+            weights.pop(name, None)
+        weights.update({name: fresh[name] for name in _HEAD if name in fresh})
+        had = "no head" if head is None else f"{len(head)} classes"
         sentences.append(f"{source} has {had}, the network {model.num_classes} classes: the head starts afresh")
     conv = weights.get(_INPUT_CONV)
-    if conv is not None and conv.ndim == 4 and conv.shape[1] != model.in_chans:
+    if isinstance(conv, Tensor) and conv.ndim == 4 and conv.shape[1] == _RGB != model.in_chans:
         weights[_INPUT_CONV] = adapt_input_conv(model.in_chans, conv)
         sentences.append(
             f"{source} takes {conv.shape[1]} channels, the network {model.in_chans}: "

@@ -11,6 +11,7 @@ channels_last image without a copy.
 """
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,8 +21,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.published import from_published, is_published
 
@@ -88,7 +89,8 @@ class GroupAggregator(nn.Module):
         for i, proxy in enumerate(self.proxies):
             attended.append(proxy(segments[i + 1]))
         tokens = torch.cat(attended, dim=1).permute(0, 2, 3, 1).reshape(3, B, H, W, -1)
-        local = self.local(torch.cat(segments[4].chunk(3, dim=0), dim=1)).permute(0, 2, 3, 1)
+        side_by_side = qkv[..., -self.segment :].permute(1, 2, 3, 0, 4).flatten(3)  # [B, H, W, 3C/5]
+        local = self.local(side_by_side.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return tokens, local
 
 
@@ -235,7 +237,7 @@ class GroupMixStage(nn.Module):
         self.blocks = nn.Sequential(*(GroupMixBlock(dim, drop_path=rate, **block_kwargs, **dd) for rate in drop_path))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patch_embed(x).permute(0, 2, 3, 1)
+        x = self.patch_embed(x).permute(0, 2, 3, 1).contiguous()  # a copy in the first stage only, if at all
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_blocks(self.blocks, x)
         else:
@@ -342,7 +344,9 @@ class GroupMixFormer(nn.Module):
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As `nn.Module.load_state_dict`, and takes published checkpoints as they are."""
-        return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict=strict, assign=assign)
+        ours = OrderedDict(checkpoint_filter_fn(state_dict, self))
+        ours._metadata = self.state_dict()._metadata  # without it torch makes up a missing num_batches_tracked
+        return super().load_state_dict(ours, strict=strict, assign=assign)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -469,6 +473,9 @@ def check_attention(dim: int, num_heads: int, windows: Sequence[tuple[int, int]]
             f"{num_heads} heads do not fit the position windows, which are for {window_heads} ({shares}): "
             f"use num_heads={window_heads} or other windows"
         )
+    even = [window for window, _ in windows if window % 2 == 0]
+    if even:
+        raise ValueError(f"position windows {even} have no centre: use odd ones")
     if dim <= 0 or dim % (NUM_SEGMENTS * num_heads):
         raise ValueError(
             f"width {dim} is not a positive multiple of {NUM_SEGMENTS * num_heads} "
@@ -502,14 +509,16 @@ def init_weights(module: nn.Module) -> None:
 @contextlib.contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Within it, batch norms in training mode normalise as always but leave their running statistics alone."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
+        norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 @torch.jit.ignore
@@ -521,9 +530,9 @@ def checkpoint_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
     """
     for block in blocks:
         if torch.compiler.is_compiling():
-            x = checkpoint(block, x)
+            x = checkpoint(block, x, use_reentrant=False)
         else:
-            x = checkpoint(block, x, context_fn=partial(_checkpoint_contexts, block))
+            x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_checkpoint_contexts, block))
     return x
 
 
