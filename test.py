@@ -52,8 +52,8 @@ def evaluation_precision(config: CfgNode, here: World) -> Precision:
 def score(arguments: argparse.Namespace, config: CfgNode, here: World, precision: Precision) -> None:
     """Scores, and prints and writes the result on rank 0."""
     report = Path(arguments.json) if arguments.json else None
-    if report and not report.parent.is_dir():
-        raise UserError(f"--json {report}: the folder {report.parent} does not exist: make it first")
+    if report and (report.is_dir() or not report.parent.is_dir()):
+        raise UserError(f"--json {report}: name a file in a folder that exists")
     result, images_per_s = score_weights(config, here, precision, arguments.ema, arguments.random_weights)
     if not here.is_main:
         return

@@ -64,7 +64,7 @@ def train(config: CfgNode, here: World, precision: Precision) -> None:
     """Builds everything and runs the epochs."""
     train_data = build_train_data(config, here)
     num_classes = count_classes(config, train_data.classes)
-    eval_data = build_eval_data(config, here, train_data.classes, num_classes)
+    eval_data = build_eval_data(config, here, known=None, num_classes=None)
     check_same_classes(train_data.classes, eval_data.classes)
     seed_everything(number_for(config.SEED, "weights"))
     network = build_model(config, num_classes)
@@ -79,7 +79,10 @@ def train(config: CfgNode, here: World, precision: Precision) -> None:
     setup_logging(here.is_main, folder)
     training = build_training(config, here, precision, network, train_data.steps_per_epoch)
     if state:
-        restore(state, training)
+        _log.info(
+            f"going on from {config.MODEL.RESUME or folder / checkpoint.LAST}, epoch {state['progress']['epoch']}"
+        )
+        restore(state, training, config)
     if here.is_main:
         (folder / "config.yaml").write_text(config.dump())
     log_plan(config, training, eval_data.images)
@@ -158,7 +161,8 @@ def run_epochs(
         folder: The run's.
         state: The checkpoint that the run goes on from, if any.
     """
-    first_epoch, best = (state["progress"]["epoch"], state["best"]) if state else (0, None)
+    first_epoch = state["progress"]["epoch"] if state else 0
+    best = state["best"] if state and (folder / checkpoint.BEST).is_file() else None  # the best of this folder
     steps, is_main = training.steps, training.world.is_main
     with MetricsLog(folder if is_main else None, first_epoch * steps.updates_per_epoch) as metrics:
         report = partial(log_report, training=training, metrics=metrics)
@@ -181,7 +185,8 @@ def run_epochs(
                     keep=config.KEEP,
                 )
             barrier()
-    _log.info(f"done: best Acc@1 {best['acc1']:.3f} after epoch {best['epoch']}; everything is in {folder}")
+    reached = f"best Acc@1 {best['acc1']:.3f} after epoch {best['epoch']}" if best else "no epoch was left to train"
+    _log.info(f"done: {reached}; everything is in {folder}")
 
 
 def evaluate_epoch(training: Training, data: EvalData) -> dict[str, Score]:
@@ -190,7 +195,7 @@ def evaluate_epoch(training: Training, data: EvalData) -> dict[str, Score]:
     scores = {}
     for name, network in networks.items():
         broadcast_buffers(network)
-        scores[name] = evaluate(network, data.loader, training.world, training.precision)
+        scores[name] = evaluate(network, data.loader, training.world, training.precision, data.images)
     return scores
 
 

@@ -19,7 +19,7 @@ from yacs.config import CfgNode
 from data.samplers import SampleKey
 from data.transforms import Transform
 from utils.dist import World
-from utils.errors import UserError, listing, reason
+from utils.errors import BrokenDataError, UserError, listing, reason
 from utils.seeding import number_for, seed_everything
 
 _FOLDER_NAMES = ("folder", "imagenet")  # the published configurations call an ImageNet folder 'imagenet'
@@ -135,7 +135,7 @@ class ImageSamples(Dataset):
         """A sample by its index, or by its index and the seed of its augmentation.
 
         Raises:
-            UserError: If the image is broken: no part of an image is ever given out.
+            BrokenDataError: If the image is broken: no part of an image is ever given out.
         """
         index = key
         if isinstance(key, tuple):
@@ -145,7 +145,7 @@ class ImageSamples(Dataset):
             image, target = self.source.read(index)
             image = image.convert(self._mode)
         except _BROKEN as error:
-            raise UserError(f"{self.source.name(index)} is broken ({reason(error)}): mend or remove it") from None
+            raise BrokenDataError(f"{self.source.name(index)} is broken ({reason(error)}): mend or remove it") from None
         return self._transform(image), self._to_class[target] if self._to_class else target
 
 
@@ -196,7 +196,7 @@ class ImageStream(IterableDataset):
             for image, target in self.dataset:
                 yield image.convert(self._mode), int(target)
         except _BROKEN as error:
-            raise UserError(f"the stream has a broken image ({reason(error)}): mend its shards") from None
+            raise BrokenDataError(f"the stream has a broken image ({reason(error)}): mend its shards") from None
 
 
 def open_split(config: CfgNode, split: str, is_training: bool) -> FolderSource | TimmSource | IterableImageDataset:

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from utils.errors import UserError, reason
+from utils.errors import UserError, listing, reason
 
 LAST = "last.pth"
 BEST = "best.pth"
@@ -52,14 +52,20 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Gives a checkpoint a second name that outlives the first, without a second copy where the disk allows."""
-    beside = target.with_name(target.name + ".tmp")
-    beside.unlink(missing_ok=True)
-    try:
-        os.link(source, beside)
-    except OSError:
-        shutil.copyfile(source, beside)
-    beside.replace(target)
+    """Gives a checkpoint a second name that outlives the first, without a second copy where the disk allows.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+
+    def link_or_copy(beside: Path) -> None:
+        beside.unlink(missing_ok=True)
+        try:
+            os.link(source, beside)
+        except OSError:
+            shutil.copyfile(source, beside)
+
+    write_beside(target, link_or_copy)
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -79,12 +85,23 @@ def load(path: str | Path) -> dict[str, Any]:
             return {"model": safetensors.torch.load_file(path)}
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path} is no checkpoint of plain tensors; nothing in it was run: name another file") from None
+        raise UserError(
+            f"{path} holds objects besides tensors and plain types{_foreign_types(path)}; nothing in it was run: "
+            "save its state dict alone, where you trust it"
+        ) from None
     except Exception as error:  # what random bytes make the readers raise is not theirs to promise
         raise UserError(f"{path} is no checkpoint ({reason(error)}): name another file") from None
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path} is no checkpoint (it holds a {type(state).__name__}): name another file")
     return state if isinstance(state.get("model"), Mapping) else {"model": state}
+
+
+def _foreign_types(path: Path) -> str:
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # text and older formats cannot be looked into
+        return ""
+    return f" ({listing(names)})" if names else ""
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -100,7 +117,9 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def save_epoch(state: Mapping[str, Any], folder: Path, epoch: int, *, is_best: bool, number: bool, keep: int) -> None:
-    """Writes an epoch's checkpoint as last.pth, as best.pth if it is, and under its number if asked; then prunes.
+    """Writes an epoch's checkpoint under its number, as best.pth if it is, and as last.pth; then prunes.
+
+    last.pth comes last: a run that is killed before does the epoch again, and with it the other files.
 
     Args:
         state: The checkpoint.
@@ -110,9 +129,11 @@ def save_epoch(state: Mapping[str, Any], folder: Path, epoch: int, *, is_best: b
         number: Whether to keep it as ckpt_epoch_<epoch>.pth too.
         keep: How many numbered checkpoints to keep.
     """
-    save(state, folder / LAST)
+    path = folder / f"ckpt_epoch_{epoch}.pth"
+    save(state, path)
     if is_best:
-        copy(folder / LAST, folder / BEST)
-    if number:
-        copy(folder / LAST, folder / f"ckpt_epoch_{epoch}.pth")
-        prune(folder, keep)
+        copy(path, folder / BEST)
+    copy(path, folder / LAST)
+    if not number:
+        path.unlink()
+    prune(folder, keep)

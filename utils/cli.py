@@ -8,7 +8,7 @@ from collections.abc import Callable
 from yacs.config import CfgNode
 
 from utils.config import check, load_config, merge, merge_options
-from utils.errors import UserError
+from utils.errors import BrokenDataError, UserError
 
 # flag -> the key that it overrides
 _KEYS = {
@@ -85,14 +85,16 @@ def config_from(arguments: argparse.Namespace) -> CfgNode:
 def run(main: Callable[[], None]) -> None:
     """Runs a program; an error that the user can mend becomes one line and exit code 2.
 
-    Every rank meets the same bad input, so only the first of each machine speaks, and others of errors of their own.
+    Every rank meets the same bad input, so only the first of each machine speaks; broken data only one may meet.
     """
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, BrokenDataError):
             # A loader's worker hands its error over with a traceback above it; the message is the last line.
-            message = str(error).splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+            message = (
+                str(error).splitlines()[-1].removeprefix(f"{BrokenDataError.__module__}.{BrokenDataError.__name__}: ")
+            )
             print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

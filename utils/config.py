@@ -173,14 +173,13 @@ class _Loader(yaml.SafeLoader):
     """YAML's safe loader, with duplicate keys an error instead of a silent overwriting."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            keys = [key.value for key, _ in node.value]
-            repeated = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {repeated} stands twice: remove one", node.start_mark
-            )
-        return mapping
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} stands twice: remove one", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -263,12 +262,20 @@ def merge_options(config: CfgNode, options: list[str]) -> None:
         raise UserError(f"--opts needs pairs of KEY value, got {len(options)} words ending in {options[-1]!r}")
     for name, text in zip(options[::2], options[1::2], strict=True):
         try:
-            value = yaml.load(text, Loader=_Loader)
+            value = text if _is_text(config, name) else yaml.load(text, Loader=_Loader)
         except (yaml.YAMLError, ValueError):
             raise UserError(f"--opts {name} {text!r}: the value is not valid YAML: quote it") from None
         for part in reversed(name.split(".")):
             value = {part: value}
         merge(config, value, "--opts")
+
+
+def _is_text(config: CfgNode, name: str) -> bool:
+    """Whether a dotted name is that of a text key, for which TAG 5 and TAG '' are as good as TAG five."""
+    try:
+        return isinstance(lookup(config, name), str)
+    except (KeyError, TypeError):
+        return False
 
 
 def _coerce(value: Any, default: Any, name: str, source: str) -> Any:

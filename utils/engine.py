@@ -218,7 +218,7 @@ def _peak_memory_mb(device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, loader: Batches, world: World, precision: Precision) -> Score:
+def evaluate(network: nn.Module, loader: Batches, world: World, precision: Precision, images: int = 0) -> Score:
     """Scores a network on this rank's share of a data set, and adds the shares of all ranks.
 
     Args:
@@ -226,13 +226,23 @@ def evaluate(network: nn.Module, loader: Batches, world: World, precision: Preci
         loader: This rank's images.
         world: This process among all.
         precision: How to compute.
+        images: How many images all ranks together must score; 0 if that is not known.
+
+    Raises:
+        UserError: If another number, or none, was scored; all ranks raise it.
     """
     network.eval()
     sums = ScoreSums(world.device)
-    for images, targets in tqdm(loader, desc="scoring", leave=False, disable=None if world.is_main else True):
-        images = images.to(world.device, non_blocking=True)
+    for inputs, targets in tqdm(loader, desc="scoring", leave=False, disable=None if world.is_main else True):
+        inputs = inputs.to(world.device, non_blocking=True)
         targets = targets.to(world.device, non_blocking=True)
         with precision.autocast():
-            logits = network(images)
+            logits = network(inputs)
         sums.add(logits, targets)
-    return sums.total()
+    score = sums.total()
+    if score.images == 0 or images not in (0, score.images):
+        raise UserError(
+            f"{score.images} of {images or 'some'} validation images were scored: "
+            "the data is empty, or a stream skipped broken ones; mend it"
+        )
+    return score

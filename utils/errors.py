@@ -5,6 +5,10 @@ class UserError(Exception):
     """Something outside the code is wrong. The message is one line: what, where, and what to do."""
 
 
+class BrokenDataError(UserError):
+    """An image cannot be read, which only the rank that reads it meets."""
+
+
 def reason(error: BaseException) -> str:
     """An error in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

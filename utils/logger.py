@@ -29,7 +29,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def setup_logging(is_main: bool, folder: Path | None = None) -> None:
-    """Sends log lines to the console and to log_rank0.txt in a folder; of other ranks only warnings pass.
+    """Sends log lines to the console and to log_rank0.txt in a folder; of other ranks only errors pass.
 
     Args:
         is_main: Whether this is rank 0.
@@ -63,7 +63,7 @@ class MetricsLog:
         if self._path:
             lines = [line for line in read_metrics(self._path) if line["update"] <= update]
             self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            self._writer = SummaryWriter(str(folder / "runs"), purge_step=update + 1, flush_secs=30)
+            self._writer = SummaryWriter(str(folder / "runs"), purge_step=update + 1)
 
     def write(self, values: Mapping[str, float | int], tags: Mapping[str, float]) -> None:
         """Writes one line, and TensorBoard scalars.
@@ -78,6 +78,7 @@ class MetricsLog:
                 file.write(json.dumps(line) + "\n")
             for tag, value in tags.items():
                 self._writer.add_scalar(tag, value, values["update"])
+            self._writer.flush()  # a killed run leaves what it told
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -40,17 +40,17 @@ def find_state(config: CfgNode, folder: Path) -> dict[str, Any] | None:
     state = checkpoint.load(path)
     if "progress" not in state:
         raise UserError(f"{path} holds weights but no run to go on with: start from it with --pretrained")
-    changes = [change for change in differences(config, state["config"]) if change.split(":")[0] not in _FREE_KEYS]
-    foreign = [change for change in changes if change.startswith("MODEL.")]
+    foreign = [change for change in _changes(config, state) if change.startswith("MODEL.")]
     if foreign and not config.MODEL.RESUME:
         raise UserError(
             f"{folder} holds a run with other settings ({listing(foreign)}): choose another --tag, "
             f"or go on with --resume {path}"
         )
-    _log.info("going on from %s, epoch %d", path, state["progress"]["epoch"])
-    if changes:
-        _log.warning("settings differ from those of %s: %s", path, listing(changes, 20))
     return state
+
+
+def _changes(config: CfgNode, state: dict[str, Any]) -> list[str]:
+    return [change for change in differences(config, state["config"]) if change.split(":")[0] not in _FREE_KEYS]
 
 
 def start_from_pretrained(config: CfgNode, network: GroupMixFormer) -> None:
@@ -64,12 +64,14 @@ def start_from_pretrained(config: CfgNode, network: GroupMixFormer) -> None:
             _log.warning(sentence)
 
 
-def restore(state: dict[str, Any], training: Training) -> None:
-    """Loads a checkpoint of a run into what trains it.
+def restore(state: dict[str, Any], training: Training, config: CfgNode) -> None:
+    """Loads a checkpoint of a run into what trains it, and says which settings changed.
 
     Raises:
         UserError: If the checkpoint is of another network, optimizer, or length of an epoch.
     """
+    if changes := _changes(config, state):
+        _log.warning(f"settings differ from those it was trained with: {listing(changes, 20)}")
     updates = state["progress"]["updates_per_epoch"]
     if updates != training.steps.updates_per_epoch:
         raise UserError(
@@ -77,10 +79,13 @@ def restore(state: dict[str, Any], training: Training) -> None:
             "use the same data, batch size, accumulation and number of ranks"
         )
     load_weights(training.network, state["model"], "the checkpoint")
+    settings = [{key: group[key] for key in group if key != "params"} for group in training.optimizer.param_groups]
     try:
         training.optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
         raise UserError(f"the checkpoint's optimizer does not fit ({error}): use its run's configuration") from None
+    for group, configured in zip(training.optimizer.param_groups, settings, strict=True):
+        group.update(configured)  # weight decay and the like are this run's, not the checkpoint's
     if training.scaler.is_enabled() and state["scaler"]:
         training.scaler.load_state_dict(state["scaler"])
     if training.ema:

@@ -1,0 +1,180 @@
+"""Small configurations, networks, image folders and trainings that several unit tests share."""
+
+import tarfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, settings
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import get_worker_info
+from yacs.config import CfgNode
+
+from utils.config import default_config, lookup
+from utils.dist import World
+from utils.engine import Report, Training, train_one_epoch
+from utils.optim import Precision, Steps, build_ema, build_loss, build_optimizer, build_scheduler
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+
+
+def examples(most: int) -> settings:
+    """Settings of a property test: the same examples on every run and machine, and no limit on their time."""
+    return settings(
+        max_examples=most, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    )
+
+
+def configured(**values: Any) -> CfgNode:
+    """The default configuration with some keys set; `__` stands for the dot of a dotted name."""
+    config = default_config()
+    for key, value in values.items():
+        set_key(config, key.replace("__", "."), value)
+    return config
+
+
+def set_key(config: CfgNode, name: str, value: Any) -> None:
+    """Sets a key of a configuration by its dotted name."""
+    *parts, last = name.split(".")
+    (lookup(config, ".".join(parts)) if parts else config)[last] = value
+
+
+def small_data_config(root: Path | str, **values: Any) -> CfgNode:
+    """A configuration for a small image folder: 32 x 32, batches of 4, plain augmentation, no workers."""
+    fixed = {
+        "DATA__DATA_PATH": str(root),
+        "DATA__IMG_SIZE": 32,
+        "DATA__BATCH_SIZE": 4,
+        "DATA__NUM_WORKERS": 0,
+        "MODEL__GMA__NUM_CLASSES": 0,
+        "AUG__AUTO_AUGMENT": "none",
+        "DEVICE": "cpu",
+    }
+    return configured(**{**fixed, **values})
+
+
+def noise(number: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
+    """An RGB image of noise, another for each number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def plain(number: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
+    """An RGB image of one grey, which `number_of` reads back from its tensor."""
+    return Image.new("RGB", size, (number, number, number))
+
+
+def number_of(image: Tensor, config: CfgNode) -> int:
+    """The grey of an evenly grey image, from its normalised tensor."""
+    return round(float((image[0].mean() * config.DATA.STD[0] + config.DATA.MEAN[0]) * 255))
+
+
+def write_folder(
+    root: Path, classes: Mapping[str, int], image: Callable[[int], Image.Image] = noise, suffix: str = ".png"
+) -> Path:
+    """Writes root/<class>/<number><suffix>, so many images of each class, numbered through."""
+    number = 0
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for _ in range(count):
+            image(number).save(root / name / f"{number:03d}{suffix}")
+            number += 1
+    return root
+
+
+def write_tar(path: Path, folder: Path) -> Path:
+    """Packs a folder of class folders."""
+    with tarfile.open(path, "w") as file:
+        file.add(folder, arcname=".")
+    return path
+
+
+class FakeReader:
+    """Streams evenly grey images as timm's readers do: shards dealt out to ranks in training, to workers always."""
+
+    def __init__(self, count, world=ALONE):
+        self.num_samples, self.class_to_idx = count, {"a": 0, "b": 1, "c": 2}
+        self.dist_rank, self.dist_num_replicas, self.seen_epoch = world.rank, world.size, None
+
+    def set_epoch(self, epoch):
+        self.seen_epoch = epoch
+
+    def __len__(self):
+        return -(-self.num_samples // self.dist_num_replicas)
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        first = self.dist_rank * workers + worker
+        for number in range(first, self.num_samples, self.dist_num_replicas * workers):
+            yield plain(number), number % 3
+
+
+def batches(count: int, size: int, classes: int = 3, shape: tuple[int, ...] = (3, 2, 2)) -> list[tuple[Tensor, Tensor]]:
+    """So many micro-batches of noise, in double precision, the same on every call."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(count * size, *shape, generator=generator, dtype=torch.float64)
+    targets = torch.randint(classes, (count * size,), generator=generator)
+    return list(zip(images.split(size), targets.split(size), strict=True))
+
+
+def small_network(classes: int = 3) -> nn.Sequential:
+    """Two layers without norms for `batches`, in double precision, with the same weights on every call."""
+    generator = torch.Generator().manual_seed(2)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.GELU(), nn.Linear(8, classes)).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 3)
+    return network
+
+
+def training_of(network: nn.Module, steps_per_epoch: int, config: CfgNode | None = None, **others: Any) -> Training:
+    """All that the training loop needs, built from the configuration on the CPU; `others` replaces parts of it."""
+    config = config or plain_training()
+    steps = Steps(steps_per_epoch, max(config.TRAIN.ACCUMULATION_STEPS, 1), config.TRAIN.EPOCHS)
+    optimizer = others.get("optimizer") or build_optimizer(config, network, 1)
+    precision = others.get("precision", Precision("fp32", "cpu"))
+    parts = {
+        "network": network,
+        "model": network,
+        "criterion": build_loss(config),
+        "optimizer": optimizer,
+        "scheduler": build_scheduler(config, optimizer, steps, 1),
+        "scaler": precision.grad_scaler(),
+        "ema": build_ema(config, network),
+        "mixup": None,
+        "precision": precision,
+        "world": ALONE,
+        "steps": steps,
+        "batch_size": config.DATA.BATCH_SIZE,
+        "clip_grad": config.TRAIN.CLIP_GRAD,
+        "seed": config.SEED,
+        "memory_format": torch.contiguous_format,
+    }
+    return Training(**{**parts, **others})
+
+
+def plain_training(**values: Any) -> CfgNode:
+    """A configuration to train `small_network` on `batches`: large steps, no mixing, no warm-up."""
+    fixed = {
+        "DATA__BATCH_SIZE": 4,
+        "TRAIN__EPOCHS": 2,
+        "TRAIN__WARMUP_EPOCHS": 0,
+        "TRAIN__BASE_LR": 1.0,
+        "MODEL__LABEL_SMOOTHING": 0.0,
+        "AUG__MIXUP": 0.0,
+        "AUG__CUTMIX": 0.0,
+    }
+    return configured(**{**fixed, **values})
+
+
+def train(training: Training, loader: Iterable[Any], epoch: int = 0, every: int = 1) -> list[Report]:
+    """Trains for an epoch and returns the reports."""
+    reports: list[Report] = []
+    train_one_epoch(training, loader, epoch, every, reports.append)  # type: ignore[arg-type]
+    return reports

@@ -1,0 +1,307 @@
+"""Loaders and mixup as the configuration asks for them."""
+
+import pytest
+import torch
+from helpers_unit import (
+    ALONE,
+    CPU,
+    FakeReader,
+    configured,
+    noise,
+    number_of,
+    plain,
+    small_data_config,
+    write_folder,
+    write_tar,
+)
+from timm.data import IterableImageDataset
+
+from data.build import build_eval_data, build_mixup, build_train_data
+from utils.dist import World
+from utils.errors import UserError
+from utils.seeding import seed_everything
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Fourteen training images of noise, eleven evenly grey validation images, three classes."""
+    root = tmp_path_factory.mktemp("data")
+    write_folder(root / "train", {"a": 5, "b": 4, "c": 5}, noise)
+    write_folder(root / "val", {"a": 4, "b": 4, "c": 3}, plain)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def four_cores(monkeypatch):
+    """Lets the process believe in four cores, so that loaders get the workers that a test asks for."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(4)), raising=False)
+
+
+def epoch_of(config, world=ALONE, epoch=0, data=None):
+    data = data or build_train_data(config, world)
+    data.set_epoch(epoch)
+    return list(data.loader)
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        torch.equal(a, b) for one, other in zip(first, second, strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
+def numbers_of(loader, config):
+    """The greys of the images of evenly grey data, and their classes."""
+    return [(number_of(i, config), int(t)) for images, targets in loader for i, t in zip(images, targets, strict=True)]
+
+
+# Training
+
+
+def test_training_batches_are_images_and_class_numbers(root):
+    data = build_train_data(small_data_config(root), ALONE)
+    batches = epoch_of(None, data=data)
+    assert (data.classes, data.steps_per_epoch, len(batches)) == (["a", "b", "c"], 3, 3)
+    for images, targets in batches:
+        assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.float32)
+        assert (targets.shape, targets.dtype) == ((4,), torch.int64)
+        assert set(targets.tolist()) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("augmentation", ["rand-m5-mstd0.5-inc1", "augmix-m3-w3", "none"])
+def test_augmentation_does_not_depend_on_the_number_of_workers_or_passes(root, augmentation):
+    config = small_data_config(root, AUG__AUTO_AUGMENT=augmentation)
+    first = epoch_of(config, epoch=3)
+    torch.manual_seed(99)
+    assert same(epoch_of(config, epoch=3), first)
+    config.DATA.NUM_WORKERS = 2
+    data = build_train_data(config, ALONE)
+    assert same(epoch_of(config, epoch=3, data=data), first)
+    other = epoch_of(config, epoch=4, data=data)
+    assert not same(other, first)
+    assert same(epoch_of(config, epoch=3, data=data), first)  # by the same workers, after another epoch
+    config.SEED = 1
+    assert not same(epoch_of(config, epoch=3), first)
+
+
+def test_an_image_is_augmented_anew_each_epoch(root):
+    config = small_data_config(root, DATA__BATCH_SIZE=14)
+    by_sum = [sorted(float(image.sum()) for image in epoch_of(config, epoch=epoch)[0][0]) for epoch in (0, 1)]
+    assert not set(by_sum[0]) & set(by_sum[1])
+
+
+def test_ranks_share_what_one_rank_gives_alone(root):
+    alone = epoch_of(small_data_config(root, DATA__BATCH_SIZE=4))
+    shares = [epoch_of(small_data_config(root, DATA__BATCH_SIZE=2), World(rank, 2, CPU)) for rank in range(2)]
+    for step, (images, targets) in enumerate(alone):
+        for rank, share in enumerate(shares):
+            assert torch.equal(share[step][0], images[rank::2])
+            assert torch.equal(share[step][1], targets[rank::2])
+
+
+def test_repeated_augmentation_repeats_images_within_an_epoch(root):
+    batches = epoch_of(small_data_config(root, AUG__REPEATS=2, DATA__BATCH_SIZE=7))
+    assert len(batches) == 2
+    images = torch.cat([images for images, _ in batches])
+    assert len({float(image.sum()) for image in images}) == 14
+
+
+@pytest.mark.parametrize(("batch_size", "ranks"), [(15, 1), (8, 2)])
+def test_data_that_fills_no_batch_is_refused(root, batch_size, ranks):
+    with pytest.raises(UserError, match=f"14 training images do not fill a batch of {batch_size}"):
+        build_train_data(small_data_config(root, DATA__BATCH_SIZE=batch_size), World(0, ranks, CPU))
+
+
+def test_grey_networks_get_grey_images(root):
+    config = small_data_config(root, MODEL__GMA__IN_DIM=1, DATA__MEAN=[0.3], DATA__STD=[0.4])
+    assert epoch_of(config)[0][0].shape == (4, 1, 32, 32)
+    assert next(iter(build_eval_data(config, ALONE, None, None).loader))[0].shape == (4, 1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("asked", "local_size", "given"), [(0, 1, 0), (2, 1, 2), (8, 1, 4), (8, 2, 2), (8, 3, 1), (8, 8, 1), (0, 8, 0)]
+)
+def test_a_rank_gets_no_more_workers_than_it_has_cores(root, asked, local_size, given):
+    world = World(0, 1, CPU, local_size)
+    config = small_data_config(root, DATA__NUM_WORKERS=asked)
+    for data in (build_train_data(config, world), build_eval_data(config, world, None, None)):
+        assert data.loader.num_workers == given
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 13])
+def test_each_validation_image_is_given_exactly_once(root, ranks, workers):
+    if ranks == 13 and workers:
+        ranks = 12  # one rank without any image is enough
+    config = small_data_config(root, DATA__NUM_WORKERS=workers)
+    shares = [build_eval_data(config, World(rank, ranks, CPU), None, None) for rank in range(ranks)]
+    seen = [found for data in shares for found in numbers_of(data.loader, config)]
+    assert sorted(seen) == [(number, (number >= 4) + (number >= 8)) for number in range(11)]
+    assert {data.images for data in shares} == {11}
+    assert shares[0].classes == ["a", "b", "c"]
+
+
+def test_classes_get_the_networks_numbers(root):
+    config = small_data_config(root)
+    data = build_eval_data(config, ALONE, ["c", "x", "a", "b"], 4)
+    assert sorted(numbers_of(data.loader, config)) == [(n, 2 if n < 4 else 3 if n < 8 else 0) for n in range(11)]
+    assert data.classes == ["a", "b", "c"]
+
+
+def test_classes_that_the_network_does_not_know_are_refused(root):
+    with pytest.raises(UserError, match="does not know the classes b"):
+        build_eval_data(small_data_config(root), ALONE, ["a", "c"], 2)
+
+
+def test_a_network_of_another_number_of_unnamed_classes_is_refused(root):
+    with pytest.raises(UserError, match="the data has 3 classes, the network 5"):
+        build_eval_data(small_data_config(root), ALONE, None, 5)
+
+
+@pytest.mark.parametrize("name", ["tar", "torch/image_folder"])
+def test_other_data_sets_give_the_same_batches_as_the_folder(root, name):
+    for split in ("train", "val"):
+        write_tar(root / f"{split}.tar", root / split)
+    config = small_data_config(root)
+    images = {float(image.sum()) for batch in build_eval_data(config, ALONE, None, None).loader for image in batch[0]}
+    config.DATA.DATASET = name
+    data = build_eval_data(config, ALONE, None, 3)
+    assert {float(image.sum()) for batch in data.loader for image in batch[0]} == images
+    assert build_train_data(config, ALONE).steps_per_epoch == 3
+
+
+def test_no_memory_is_pinned_for_a_cpu(root):
+    config = small_data_config(root, DEVICE="auto", DATA__PIN_MEMORY=True)
+    for data in (build_train_data(config, ALONE), build_eval_data(config, ALONE, None, None)):
+        assert not data.loader.pin_memory
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_memory_is_pinned_for_a_gpu_where_asked_for(root, pinned):
+    world = World(0, 1, torch.device("cuda", 0))
+    config = small_data_config(root, DATA__PIN_MEMORY=pinned)
+    assert build_train_data(config, world).loader.pin_memory is pinned
+    assert build_eval_data(config, world, None, None).loader.pin_memory is pinned
+
+
+# Streams
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """Lets `open_split` give streams of 26 training and 11 validation images."""
+
+    def open_split(config, split, is_training):
+        return IterableImageDataset("", reader=FakeReader(26 if is_training else 11))
+
+    monkeypatch.setattr("data.build.open_split", open_split)
+    return small_data_config("")
+
+
+def test_a_stream_trains_as_many_steps_as_it_says(streamed):
+    data = build_train_data(streamed, ALONE)
+    assert (data.classes, data.steps_per_epoch) == (["a", "b", "c"], 6)
+    assert [len(targets) for _, targets in epoch_of(None, data=data)] == [4] * 6
+
+
+def test_a_streams_epochs_are_told_to_its_reader(streamed):
+    data = build_train_data(streamed, ALONE)
+    data.set_epoch(7)
+    assert data.loader.dataset.dataset.reader.seen_epoch == 7
+    assert not same(epoch_of(None, epoch=0, data=data), epoch_of(None, epoch=1, data=data))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_is_scored_exactly_once(streamed, ranks, workers):
+    streamed.DATA.NUM_WORKERS = workers
+    shares = [build_eval_data(streamed, World(rank, ranks, CPU), None, 3) for rank in range(ranks)]
+    seen = [found for data in shares for found in numbers_of(data.loader, streamed)]
+    assert sorted(seen) == [(number, number % 3) for number in range(11)]
+    assert {data.images for data in shares} == {11}
+
+
+def test_a_streams_classes_must_be_the_networks(streamed):
+    with pytest.raises(UserError, match="classes differ"):
+        build_eval_data(streamed, ALONE, ["a", "c", "b"], 3)
+
+
+def test_a_stream_that_fills_no_batch_is_refused(streamed):
+    streamed.DATA.BATCH_SIZE = 28
+    with pytest.raises(UserError, match="26 training images"):
+        build_train_data(streamed, ALONE)
+
+
+def test_a_stream_refuses_repeats_that_it_cannot_give(streamed):
+    streamed.AUG.REPEATS = 3
+    with pytest.raises(UserError, match=r"AUG\.REPEATS"):
+        build_train_data(streamed, ALONE)
+
+
+# Mixup
+
+
+def mixed(seed=0, classes=3, **values):
+    """Eight images, each of its own number, and their targets, after mixing."""
+    mixup = build_mixup(configured(**values), classes)
+    seed_everything(seed)
+    images = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 16, 16).clone()
+    return mixup(images, torch.arange(8) % classes)
+
+
+def test_without_mixup_and_cutmix_nothing_is_mixed():
+    assert build_mixup(configured(AUG__MIXUP=0.0, AUG__CUTMIX=0.0), 3) is None
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"AUG__MIXUP": 0.8, "AUG__CUTMIX": 0.0},
+        {"AUG__MIXUP": 0.0, "AUG__CUTMIX": 1.0},
+        {"AUG__MIXUP": 0.8, "AUG__CUTMIX": 1.0},
+        {"AUG__MIXUP": 0.0, "AUG__CUTMIX": 0.0, "AUG__CUTMIX_MINMAX": [0.3, 0.6]},
+    ],
+    ids=["mixup", "cutmix", "both", "cutmix between bounds"],
+)
+def test_every_kind_of_mixing_works_alone(kind, mode):
+    for seed in range(10):
+        images, targets = mixed(seed, AUG__MIXUP_MODE=mode, **kind)
+        assert (images.shape, targets.shape) == ((8, 3, 16, 16), (8, 3))
+        torch.testing.assert_close(targets.sum(1), torch.ones(8))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mixed_targets_hold_the_images_shares_smoothed(smoothing):
+    images, targets = mixed(AUG__CUTMIX=0.0, MODEL__LABEL_SMOOTHING=smoothing)
+    share = float((images[0, 0, 0, 0] - 7) / (0 - 7))  # image 0 is mixed with image 7
+    one_hot = torch.full((8, 3), smoothing / 3)
+    one_hot[torch.arange(8), torch.arange(8) % 3] += 1 - smoothing
+    torch.testing.assert_close(targets, share * one_hot + (1 - share) * one_hot.flip(0))
+    assert 0 < share < 1
+
+
+def test_cutmix_targets_hold_the_shares_of_the_area():
+    images, targets = mixed(AUG__MIXUP=0.0, MODEL__LABEL_SMOOTHING=0.0)
+    own = (images[:, 0] == torch.arange(8.0).reshape(8, 1, 1)).float().mean((1, 2))
+    assert 0 < own[0] < 1
+    assert float(targets[0, 0]) == pytest.approx(float(own[0]))  # image 0 of class 0 with image 7 of class 1
+    assert float(targets[0, 1]) == pytest.approx(1 - float(own[0]))
+
+
+def test_mixing_happens_with_its_probability():
+    plain_batches = sum(
+        bool((mixed(seed, AUG__MIXUP_PROB=0.25)[0].std((1, 2, 3)) == 0).all())
+        and float(mixed(seed, AUG__MIXUP_PROB=0.25)[0][0, 0, 0, 0]) == 0
+        for seed in range(100)
+    )
+    assert 60 <= plain_batches <= 88  # 75 expected
+
+
+def test_mixing_switches_to_cutmix_with_its_probability():
+    switched = [
+        bool((mixed(seed, AUG__MIXUP_SWITCH_PROB=switch)[0] % 1 == 0).all()) for switch in (0.0, 1.0) for seed in (1, 2)
+    ]
+    assert switched == [False, False, True, True]

@@ -1,0 +1,243 @@
+"""Console, log file, metrics.jsonl, TensorBoard events and the curves drawn from them."""
+
+import json
+import logging
+import math
+import sys
+
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+from utils.curves import draw_curves
+from utils.logger import MetricsLog, read_metrics, setup_logging
+
+
+@pytest.fixture
+def logging_back():
+    """Puts the root logger back as it was."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    root.handlers[:] = []
+    yield
+    for handler in root.handlers:
+        handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def events(folder):
+    """(tag, step, value) of all scalars in a folder, in the order of writing, and the steps that purges start at."""
+    scalars, purges = [], []
+    for path in sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns):
+        content, at = path.read_bytes(), 0
+        while at < len(content):
+            length = int.from_bytes(content[at : at + 8], "little")
+            event = Event.FromString(content[at + 12 : at + 12 + length])
+            at += 16 + length
+            if event.HasField("session_log"):
+                purges.append(event.step)
+            scalars += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+    return scalars, purges
+
+
+# Console and file
+
+
+def test_rank_0_writes_to_the_console_and_the_file(tmp_path, capsys, logging_back):
+    setup_logging(True, tmp_path)
+    logging.getLogger("train").info("learning %d", 3)
+    assert capsys.readouterr().out.endswith(" learning 3\n")
+    assert (tmp_path / "log_rank0.txt").read_text().endswith(" learning 3\n")
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys, logging_back):
+    setup_logging(False, tmp_path)
+    logging.getLogger("train").info("learning")
+    assert capsys.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_setting_up_again_doubles_no_line(tmp_path, capsys, logging_back):
+    setup_logging(True)
+    setup_logging(True, tmp_path)
+    setup_logging(True, tmp_path)
+    logging.getLogger().info("once")
+    assert capsys.readouterr().out.count("once") == 1
+    assert (tmp_path / "log_rank0.txt").read_text().count("once") == 1
+
+
+def test_a_resumed_runs_log_goes_on_in_the_same_file(tmp_path, capsys, logging_back):
+    for word in ("first", "second"):
+        setup_logging(True, tmp_path)
+        logging.getLogger().info(word)
+    lines = (tmp_path / "log_rank0.txt").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["first", "second"]
+
+
+@pytest.mark.parametrize("has_bar", [True, False])
+def test_progress_goes_to_the_file_only_where_a_bar_shows_it(tmp_path, capsys, monkeypatch, logging_back, has_bar):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: has_bar, raising=False)
+    setup_logging(True, tmp_path)
+    logging.getLogger().info("step 3", extra={"progress": True})
+    logging.getLogger().info("epoch done")
+    out = capsys.readouterr().out
+    assert ("step 3" in out) is not has_bar
+    assert "epoch done" in out
+    assert "step 3" in (tmp_path / "log_rank0.txt").read_text()
+
+
+# metrics.jsonl and TensorBoard
+
+
+def line(update, **values):
+    return {"update": update, "epoch": 0, "loss": 1.0 / update, **values}
+
+
+def written(folder, updates, start=0):
+    with MetricsLog(folder, start) as log:
+        for update in updates:
+            log.write(line(update), {"loss": 1.0 / update})
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    written(tmp_path, [1, 2, 3])
+    assert read_metrics(tmp_path / "metrics.jsonl") == [line(1), line(2), line(3)]
+    scalars, _ = events(tmp_path / "runs")
+    assert scalars == [("loss", update, pytest.approx(1 / update)) for update in (1, 2, 3)]
+
+
+def test_tensorboard_gets_the_published_tags(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write({"update": 4}, {"Acc@1": 71.5, "Acc@5": 90.0, "lr": 0.5, "grad_norm": 2.0})
+    scalars, _ = events(tmp_path / "runs")
+    found = [(tag.replace("Acc_", "Acc@"), step, value) for tag, step, value in scalars]
+    assert found == [("Acc@1", 4, 71.5), ("Acc@5", 4, 90.0), ("lr", 4, 0.5), ("grad_norm", 4, 2.0)]
+
+
+def test_a_line_is_on_disk_when_it_was_written(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write(line(1), {})
+        assert read_metrics(tmp_path / "metrics.jsonl") == [line(1)]
+
+
+def test_a_resumed_run_forgets_what_it_will_log_again(tmp_path):
+    written(tmp_path, [2, 4, 6, 8])
+    written(tmp_path, [6, 8], start=4)
+    assert [values["update"] for values in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4, 6, 8]
+    _, purges = events(tmp_path / "runs")
+    assert purges == [5]  # TensorBoard drops what an earlier run wrote from there on
+
+
+def test_a_run_that_starts_anew_forgets_everything(tmp_path):
+    written(tmp_path, [2, 4])
+    written(tmp_path, [2])
+    assert [values["update"] for values in read_metrics(tmp_path / "metrics.jsonl")] == [2]
+    _, purges = events(tmp_path / "runs")
+    assert len(purges) == 1
+    assert purges[0] <= 2
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
+    written(tmp_path, [2, 4])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + json.dumps(line(6))[:-9])
+    assert read_metrics(path) == [line(2), line(4)]
+    written(tmp_path, [6], start=4)
+    assert read_metrics(path) == [line(2), line(4), line(6)]
+    assert path.read_text().count("\n") == 3
+
+
+def test_a_file_that_is_not_there_has_no_lines(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_every_line_is_json_also_where_a_number_is_none(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write({"update": 1, "loss": 0.5, "grad_norm": math.inf, "lr": math.nan}, {"grad_norm": math.inf})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"update": 1, "loss": 0.5, "grad_norm": None, "lr": None}
+    draw_curves(tmp_path, 1)
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(None, [1, 2])
+    assert list(tmp_path.iterdir()) == []
+
+
+# Curves
+
+
+def drawn(folder, lines, updates_per_epoch=2):
+    """Draws lines, and returns the picture."""
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(values) + "\n" for values in lines))
+    draw_curves(folder, updates_per_epoch)
+    with Image.open(folder / "curves.png") as image:
+        assert image.format == "PNG"
+        return image.convert("RGB")
+
+
+def progress(update, **values):
+    return {**line(update), "lr": 0.1, "grad_norm": 1.0, "images_per_s": 9.0, **values}
+
+
+def score(update, **values):
+    return {**line(update), "acc1": 10.0 * update, "acc5": 90.0, **values}
+
+
+RUN = [progress(1), progress(2), score(2), progress(3), progress(4), score(4)]
+
+
+def inked(image):
+    """Pixels of the left and right, upper and lower quarter that are coloured and not grey."""
+    width, height = image.size
+    counts = []
+    for top in (0, height // 2):
+        for left in (0, width // 2):
+            part = image.crop((left, top, left + width // 2, top + height // 2))
+            counts.append(
+                sum(count for count, (r, g, b) in part.getcolors(1 << 24) if max(r, g, b) - min(r, g, b) > 40)
+            )
+    return counts
+
+
+def test_a_runs_curves_are_a_picture_of_four_panels(tmp_path):
+    image = drawn(tmp_path, RUN)
+    assert image.size[0] >= 800
+    assert image.size[1] >= 500
+    assert all(count > 50 for count in inked(image))
+
+
+def test_a_moving_averages_accuracy_is_drawn_too(tmp_path):
+    plain = drawn(tmp_path, RUN)
+    ema = drawn(
+        tmp_path, [{**values, "ema_acc1": 5.0 * values["update"]} if "acc1" in values else values for values in RUN]
+    )
+    assert inked(ema)[1] > inked(plain)[1]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [progress(1)],
+        [score(2)],
+        [progress(1, grad_norm=math.inf), progress(2, grad_norm=None), score(2, loss=math.nan)],
+        [progress(update) for update in range(1, 200)],
+    ],
+    ids=["nothing", "one update", "one score", "no numbers", "many updates"],
+)
+def test_any_metrics_can_be_drawn(tmp_path, lines):
+    assert drawn(tmp_path, lines).size[0] >= 800
+
+
+def test_a_run_without_metrics_can_be_drawn(tmp_path):
+    draw_curves(tmp_path, 3)
+    Image.open(tmp_path / "curves.png").verify()
+
+
+def test_drawing_again_replaces_the_picture(tmp_path):
+    first = drawn(tmp_path, RUN[:3])
+    assert drawn(tmp_path, RUN).tobytes() != first.tobytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]

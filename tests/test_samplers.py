@@ -1,0 +1,136 @@
+"""Which samples, in which order, on which rank."""
+
+import pytest
+import torch
+from helpers_unit import examples
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.samplers import EvalSampler, TrainBatchSampler
+
+SPLITS = [(1, 8), (2, 4), (4, 2), (8, 1)]  # (ranks, batch size of each) of one global batch of 8
+
+
+def epoch_of(length, batch_size, rank=0, ranks=1, seed=0, repeats=1, epoch=0):
+    sampler = TrainBatchSampler(length, batch_size, rank, ranks, seed, repeats)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert len(batches) == len(sampler)
+    assert all(len(batch) == batch_size for batch in batches)
+    return batches
+
+
+def flat(batches):
+    return [key for batch in batches for key in batch]
+
+
+@given(
+    length=st.integers(0, 120),
+    batch_size=st.integers(1, 9),
+    ranks=st.integers(1, 5),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 400),
+)
+@examples(80)
+def test_an_epoch_gives_each_sample_at_most_once_over_all_ranks(length, batch_size, ranks, seed, epoch):
+    over_ranks = [flat(epoch_of(length, batch_size, rank, ranks, seed, 1, epoch)) for rank in range(ranks)]
+    indices = [index for keys in over_ranks for index, _ in keys]
+    assert len(set(indices)) == len(indices) == length // (batch_size * ranks) * batch_size * ranks
+    assert set(indices) <= set(range(length))
+
+
+@given(length=st.integers(8, 100), seed=st.integers(0, 99), epoch=st.integers(0, 9), repeats=st.integers(1, 3))
+@examples(40)
+def test_a_micro_batch_over_all_ranks_does_not_depend_on_their_number(length, seed, epoch, repeats):
+    whole = epoch_of(length, 8, 0, 1, seed, repeats, epoch)
+    for ranks, batch_size in SPLITS:
+        shares = [epoch_of(length, batch_size, rank, ranks, seed, repeats, epoch) for rank in range(ranks)]
+        for step, batch in enumerate(whole):
+            assert sorted(key for share in shares for key in share[step]) == sorted(batch)
+            for rank, share in enumerate(shares):
+                assert share[step] == batch[rank::ranks]  # dealt out in turn
+
+
+def test_each_epoch_and_each_seed_has_an_order_of_its_own():
+    orders = [
+        tuple(index for index, _ in flat(epoch_of(64, 8, seed=seed, epoch=epoch)))
+        for seed in range(4)
+        for epoch in range(4)
+    ]
+    assert len(set(orders)) == 16
+    assert tuple(range(64)) not in orders
+
+
+def test_what_one_epoch_leaves_out_others_give():
+    left_out = [set(range(11)) - {index for index, _ in flat(epoch_of(11, 8, epoch=epoch))} for epoch in range(30)]
+    assert all(len(samples) == 3 for samples in left_out)
+    assert set().union(*left_out) == set(range(11))
+
+
+def test_the_order_is_evenly_random():
+    first = torch.tensor([epoch_of(10, 1, epoch=epoch)[0][0][0] for epoch in range(1000)])
+    assert torch.bincount(first, minlength=10).min() > 60  # 100 expected of each
+
+
+def test_a_sampler_keeps_no_state_but_its_epoch():
+    sampler = TrainBatchSampler(40, 4, 1, 2, seed=3)
+    sampler.set_epoch(5)
+    first = list(sampler)
+    next(iter(sampler))  # an iteration that is broken off
+    torch.manual_seed(99)
+    assert list(sampler) == first == epoch_of(40, 4, 1, 2, 3, 1, 5)
+    sampler.set_epoch(6)
+    sampler.set_epoch(5)
+    assert list(sampler) == first
+
+
+def test_iterating_leaves_the_global_generator_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    epoch_of(40, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_samples_seed_depends_on_seed_epoch_and_index_only():
+    seeds = {}
+    for seed in range(3):
+        for epoch in range(5):
+            for index, number in flat(epoch_of(40, 8, seed=seed, epoch=epoch)):
+                seeds[seed, epoch, index] = number
+    assert len(set(seeds.values())) == len(seeds) == 3 * 5 * 40
+    for rank in range(2):
+        for index, number in flat(epoch_of(43, 5, rank, 2, seed=2, epoch=4)):  # another data set, batch and rank
+            assert index >= 40 or number == seeds[2, 4, index]
+
+
+@given(length=st.integers(8, 90), repeats=st.integers(2, 4), ranks=st.sampled_from([1, 2, 4]))
+@examples(40)
+def test_repeats_give_a_sample_several_times_augmented_differently(length, repeats, ranks):
+    keys = [key for rank in range(ranks) for key in flat(epoch_of(length, 8 // ranks, rank, ranks, repeats=repeats))]
+    indices = [index for index, _ in keys]
+    assert len(keys) == length // 8 * 8  # an epoch is as long as without
+    counts = sorted(indices.count(index) for index in set(indices))
+    assert counts[1:] == [repeats] * (len(counts) - 1)  # the last one may be cut off
+    assert counts[0] <= repeats
+    assert len({number for _, number in keys}) == len(keys)
+
+
+def test_repeats_of_a_sample_lie_on_different_ranks():
+    shares = [{index for index, _ in flat(epoch_of(64, 4, rank, 2, repeats=2))} for rank in range(2)]
+    assert shares[0] == shares[1]
+    assert all(len(flat(epoch_of(64, 4, rank, 2, repeats=2))) == len(shares[rank]) for rank in range(2))
+
+
+@given(length=st.integers(0, 200), ranks=st.integers(1, 17))
+@examples(100)
+def test_evaluation_gives_each_sample_to_exactly_one_rank(length, ranks):
+    samplers = [EvalSampler(length, rank, ranks) for rank in range(ranks)]
+    shares = [list(sampler) for sampler in samplers]
+    assert sorted(index for share in shares for index in share) == list(range(length))
+    assert [len(sampler) for sampler in samplers] == [len(share) for share in shares]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(("length", "batch_size", "ranks"), [(7, 8, 1), (7, 4, 2), (0, 1, 1)])
+def test_too_few_samples_for_a_batch_give_none(length, batch_size, ranks):
+    assert epoch_of(length, batch_size, 0, ranks) == []

@@ -1,0 +1,294 @@
+"""test.py and `train.py --eval`: every image counts once, classes are matched by name, and the line can be trusted."""
+
+import itertools
+import json
+import re
+import shutil
+import time
+
+import pytest
+import torch
+from yacs.config import CfgNode
+
+from models.published import to_published
+
+COUNTS = ("images", "correct1", "correct5")
+
+
+@pytest.fixture(scope="module")
+def weights(trained):
+    """A checkpoint that knows some of the validation images and not others."""
+    return trained.folder / "ckpt_epoch_2.pth"
+
+
+@pytest.fixture(scope="module")
+def score(call, tree, tiny_config):
+    """Runs test.py inside this process: `score(*flags, data=tree, code=0)`."""
+
+    def run(*flags, data=tree, code=0):
+        result = call("test.py", "--cfg", tiny_config, "--data-path", data, *flags)
+        assert result.code == code, result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture
+def report(score, tmp_path):
+    """The same, and gives what --json wrote."""
+
+    def run(*flags, **kwargs):
+        score(*flags, "--json", tmp_path / "report.json", **kwargs)
+        return json.loads((tmp_path / "report.json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def some_classes(tree, tmp_path):
+    """A tree with some of the validation folders only, and no training folder."""
+
+    def copy(name, wanted):
+        for folder in sorted((tree / "val").iterdir()):
+            if wanted(folder.name):
+                shutil.copytree(folder, tmp_path / name / "val" / folder.name)
+        return tmp_path / name
+
+    return copy
+
+
+def counts(report):
+    return {key: report[key] for key in COUNTS}
+
+
+@pytest.mark.slow
+def test_line_and_report_say_what_training_said(trained, weights, score, tmp_path):
+    result = score("--resume", weights, "--json", tmp_path / "report.json")
+    evaluation = trained.evaluations()[1]
+    lines = [line for line in result.stdout.splitlines() if "Acc@1" in line]
+    assert lines == [f" * Acc@1 {evaluation['acc1']:.3f} Acc@5 {evaluation['acc5']:.3f}"]
+    assert 0 < evaluation["acc1"] < 100
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) >= {"acc1", "acc5", "loss", "images_per_s", *COUNTS}
+    assert report["images"] == 17
+    assert report["acc1"] == evaluation["acc1"] == 100 * report["correct1"] / 17
+    assert report["acc5"] == evaluation["acc5"] == 100 * report["correct5"] / 17
+    assert report["loss"] == pytest.approx(evaluation["loss"], rel=1e-5)
+    assert report["images_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_moving_average_is_scored_where_asked_for(trained, weights, report):
+    evaluation = trained.evaluations()[1]
+    average = report("--resume", weights, "--ema")
+    assert average["acc1"] == evaluation["ema_acc1"]
+    assert average["loss"] == pytest.approx(evaluation["ema_loss"], rel=1e-5)
+    assert average["loss"] != pytest.approx(evaluation["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_batch_size_changes_nothing(weights, report, batch_size):
+    one, other = report("--resume", weights), report("--resume", weights, "--batch-size", batch_size)
+    assert counts(one) == counts(other)
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "batch_size"), [(2, 5), (3, 2)])
+def test_number_of_ranks_changes_nothing(weights, report, start, tree, tiny_config, tmp_path, ranks, batch_size):
+    words = ["--cfg", tiny_config, "--data-path", tree, "--resume", weights, "--batch-size", batch_size]
+    result = start("test.py", *words, "--json", tmp_path / "ranks.json", ranks=ranks)
+    assert result.code == 0, result.stderr
+    assert result.stderr == ""
+    assert result.stdout.count("Acc@1") == 1
+    one, other = report("--resume", weights), json.loads((tmp_path / "ranks.json").read_text())
+    assert counts(one) == counts(other)
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_fewer_images_than_ranks_count_once_each(weights, report, start, some_classes, tree, tiny_config, tmp_path):
+    data = some_classes("few", lambda name: name == "violet_rows")
+    next((data / "val" / "violet_rows").iterdir()).unlink()
+    assert len(list(data.rglob("*.*g"))) == 1
+    words = ["--cfg", tiny_config, "--data-path", data, "--resume", weights, "--json", tmp_path / "ranks.json"]
+    result = start("test.py", *words, ranks=2)
+    assert result.code == 0, result.stderr
+    one, other = report("--resume", weights, data=data), json.loads((tmp_path / "ranks.json").read_text())
+    assert counts(one) == counts(other)
+    assert other["images"] == 1
+
+
+# Classes
+
+
+@pytest.mark.slow
+def test_missing_classes_are_matched_by_name(weights, report, some_classes):
+    parts = [
+        report("--resume", weights, data=some_classes("rows", lambda name: name.endswith("rows"))),
+        report("--resume", weights, data=some_classes("columns", lambda name: name.endswith("columns"))),
+    ]
+    whole = report("--resume", weights)
+    assert {key: parts[0][key] + parts[1][key] for key in COUNTS} == counts(whole)
+
+
+@pytest.mark.slow
+def test_classes_in_another_order_are_matched_by_name(weights, report, tmp_path):
+    state = torch.load(weights, weights_only=True)
+    order = [3, 0, 5, 1, 4, 2]
+    state["classes"] = [state["classes"][number] for number in order]
+    for name in ("head.fc.weight", "head.fc.bias"):
+        state["model"][name] = state["model"][name][order]
+    torch.save(state, tmp_path / "reordered.pth")
+    one, other = report("--resume", weights), report("--resume", tmp_path / "reordered.pth")
+    assert counts(one) == counts(other)
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_unknown_classes_are_refused_by_name(weights, score, some_classes):
+    data = some_classes("unknown", lambda name: True)
+    (data / "val" / "green_rows").rename(data / "val" / "red_rows")
+    result = score("--resume", weights, data=data, code=2)
+    (error,) = result.errors
+    assert "red_rows" in error
+    assert "Acc@1" not in result.stdout
+
+
+@pytest.mark.slow
+def test_missing_classes_are_refused_where_the_weights_do_not_name_theirs(weights, score, some_classes, tmp_path):
+    torch.save({"model": torch.load(weights, weights_only=True)["model"]}, tmp_path / "nameless.pth")
+    (error,) = score(
+        "--pretrained", tmp_path / "nameless.pth", data=some_classes("rows", lambda name: "rows" in name), code=2
+    ).errors
+    assert "3 classes" in error
+    assert "6" in error
+
+
+@pytest.mark.slow
+def test_number_of_classes_comes_from_the_checkpoint(weights, report, some_classes):
+    rows = some_classes("rows", lambda name: name.endswith("rows"))
+    one = report("--resume", weights, data=rows)
+    assert counts(report("--resume", weights, "--opts", "MODEL.GMA.NUM_CLASSES", 0, data=rows)) == counts(one)
+
+
+@pytest.mark.slow
+def test_another_number_of_classes_is_refused(weights, score):
+    (error,) = score("--resume", weights, "--opts", "MODEL.GMA.NUM_CLASSES", 1000, code=2).errors
+    assert "MODEL.GMA.NUM_CLASSES" in error
+    assert "6" in error
+
+
+# Which weights
+
+
+@pytest.mark.slow
+def test_published_names_are_scored_as_ours(weights, report, tmp_path):
+    published = to_published(torch.load(weights, weights_only=True)["model"])
+    torch.save({"model": published}, tmp_path / "published.pth")
+    assert counts(report("--pretrained", tmp_path / "published.pth")) == counts(report("--resume", weights))
+
+
+@pytest.mark.slow
+def test_checkpoint_with_a_pickled_configuration_is_refused_by_what_it_holds(weights, score, tmp_path):
+    # The published training code saved its yacs configuration beside the weights; reading it would mean running it.
+    published = to_published(torch.load(weights, weights_only=True)["model"])
+    config = CfgNode({"MODEL": {"NAME": "groupmixformer"}, "TAG": "t"})
+    torch.save({"model": published, "epoch": 299, "config": config}, tmp_path / "published.pth")
+    (error,) = score("--pretrained", tmp_path / "published.pth", code=2).errors
+    assert "published.pth" in error
+    assert "yacs.config.CfgNode" in error
+
+
+def test_no_weights_are_an_error(score, tmp_path):
+    result = score("--output", tmp_path, code=2)
+    (error,) = result.errors
+    assert "--pretrained" in error
+    assert "--random-weights" in error
+    assert "Acc@1" not in result.stdout
+
+
+@pytest.mark.slow
+def test_error_for_no_weights_knows_the_best_of_the_run(trained, score):
+    (error,) = score("--output", trained.output, "--tag", "run", code=2).errors
+    assert f"--resume {trained.folder / 'best.pth'}" in error
+
+
+def test_random_weights_are_scored_where_asked_for(report):
+    assert report("--random-weights")["images"] == 17
+
+
+@pytest.mark.slow
+def test_two_files_of_weights_are_refused(weights, score):
+    (error,) = score("--resume", weights, "--pretrained", weights, code=2).errors
+    assert "--resume" in error
+    assert "--pretrained" in error
+
+
+@pytest.mark.slow
+def test_moving_average_that_is_not_there_is_refused(weights, score, tmp_path):
+    state = torch.load(weights, weights_only=True)
+    torch.save({**state, "ema": None}, tmp_path / "plain.pth")
+    (error,) = score("--resume", tmp_path / "plain.pth", "--ema", code=2).errors
+    assert "--ema" in error
+
+
+@pytest.mark.slow
+def test_weights_of_another_network_are_refused(weights, score):
+    result = score("--resume", weights, "--opts", "MODEL.GMA.EMBEDDING_DIMS", "[40, 40, 40, 80]", code=2)
+    (error,) = result.errors
+    assert "stages.3" in error
+    assert "Acc@1" not in result.stdout
+
+
+@pytest.mark.parametrize("place", ["missing/report.json", "."])
+def test_report_that_cannot_be_written_is_refused_before_scoring(score, tmp_path, place):
+    result = score("--random-weights", "--json", tmp_path / place, code=2)
+    (error,) = result.errors
+    assert str(tmp_path) in error
+    assert "Acc@1" not in result.stdout
+
+
+# Other ways
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--resume", "--pretrained"])
+def test_eval_of_train_scores_and_stops(trained, weights, call, some_classes, tiny_config, tmp_path, flag):
+    data = some_classes("val only", lambda name: True)
+    where = ["--cfg", tiny_config, "--data-path", data, "--output", tmp_path / "output"]
+    result = call("train.py", *where, "--eval", flag, weights)
+    assert result.code == 0, result.stderr
+    evaluation = trained.evaluations()[1]
+    assert f" * Acc@1 {evaluation['acc1']:.3f} Acc@5 {evaluation['acc5']:.3f}" in result.stdout
+    assert "Train:" not in result.stdout
+    assert not (tmp_path / "output").exists()
+
+
+def test_eval_of_train_without_weights_is_an_error(call, tree, tiny_config, tmp_path):
+    result = call("train.py", "--cfg", tiny_config, "--data-path", tree, "--output", tmp_path, "--eval")
+    assert result.code == 2
+    (error,) = result.errors
+    assert "--pretrained" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_scores_nearly_alike(weights, report, precision):
+    one, other = report("--resume", weights), report("--resume", weights, "--precision", precision)
+    assert other["images"] == 17
+    assert other["loss"] == pytest.approx(one["loss"], rel=0.02)
+    assert other["loss"] != one["loss"]
+
+
+@pytest.mark.parametrize("program", ["test.py", "train.py"])
+def test_throughput_says_how_it_was_measured(call, tiny_config, program, monkeypatch):
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(seconds)))  # a measurement of few batches
+    result = call(program, "--cfg", tiny_config, "--throughput", "--batch-size", 3, "--precision", "bf16")
+    assert result.code == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if "throughput" in line]
+    assert float(re.search(r"([\d.]+) images/s", line)[1]) > 0
+    for condition in ("batch 3", "64 x 64", "bf16", "cpu", "1 CPU thread"):
+        assert condition in line
