@@ -17,7 +17,7 @@ from utils.cli import config_from, make_parser, run
 from utils.dist import World, world
 from utils.errors import UserError
 from utils.logger import setup_logging
-from utils.optim import Precision, choose_precision
+from utils.optim import Precision, choose_scoring_precision
 from utils.scoring import score_weights
 from utils.throughput import throughput_line
 
@@ -34,19 +34,12 @@ def main() -> None:
     config = config_from(arguments)
     with world(config.DEVICE) as here:
         setup_logging(here.is_main)
-        precision = evaluation_precision(config, here)
+        precision = choose_scoring_precision(config, here.device, _log.info)
         if config.THROUGHPUT_MODE:
             network = build_model(config, config.MODEL.GMA.NUM_CLASSES)
             _log.info(throughput_line(network, config, here.device, precision))
         else:
             score(arguments, config, here, precision)
-
-
-def evaluation_precision(config: CfgNode, here: World) -> Precision:
-    """The precision asked for; 'auto' scores in fp32 on every device, so that the digits do not depend on it."""
-    if config.PRECISION == "auto" and not config.AMP_OPT_LEVEL:
-        return Precision("fp32", here.device.type)
-    return choose_precision(config, here.device, _log.info)
 
 
 def score(arguments: argparse.Namespace, config: CfgNode, here: World, precision: Precision) -> None:

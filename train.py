@@ -9,6 +9,7 @@ What a run starts from, the first that applies:
     2. <output>/<MODEL.NAME>/<tag>/last.pth, unless TRAIN.AUTO_RESUME is False: the same command goes on where it was.
     3. --pretrained FILE: its weights, a fresh optimizer, epoch 0.
     4. Fresh weights.
+A folder that holds a run of another network, or one that started from other --pretrained weights, is refused.
 """
 
 import logging
@@ -34,7 +35,16 @@ from utils.engine import Training, evaluate, train_one_epoch
 from utils.errors import UserError
 from utils.logger import MetricsLog, setup_logging
 from utils.metrics import Score
-from utils.optim import Precision, Steps, build_ema, build_loss, build_optimizer, build_scheduler, choose_precision
+from utils.optim import (
+    Precision,
+    Steps,
+    build_ema,
+    build_loss,
+    build_optimizer,
+    build_scheduler,
+    choose_precision,
+    choose_scoring_precision,
+)
 from utils.report import log_plan, log_report, log_scores
 from utils.resume import find_state, restore, start_from_pretrained, state_of
 from utils.scoring import score_weights
@@ -49,13 +59,14 @@ def main() -> None:
     config = config_from(make_parser("Train GroupMixFormer, or fine-tune it.").parse_args())
     with world(config.DEVICE) as here:
         setup_logging(here.is_main)
+        if config.EVAL_MODE:
+            score, _ = score_weights(config, here, choose_scoring_precision(config, here.device, _log.info))
+            _log.info(f" * Acc@1 {score.acc1:.3f} Acc@5 {score.acc5:.3f}")
+            return
         precision = choose_precision(config, here.device, _log.info)
         if config.THROUGHPUT_MODE:
             network = build_model(config, config.MODEL.GMA.NUM_CLASSES)
             _log.info(throughput_line(network, config, here.device, precision))
-        elif config.EVAL_MODE:
-            score, _ = score_weights(config, here, precision)
-            _log.info(f" * Acc@1 {score.acc1:.3f} Acc@5 {score.acc5:.3f}")
         else:
             train(config, here, precision)
 
@@ -185,7 +196,9 @@ def run_epochs(
                     keep=config.KEEP,
                 )
             barrier()
-    reached = f"best Acc@1 {best['acc1']:.3f} after epoch {best['epoch']}" if best else "no epoch was left to train"
+    reached = (
+        f"best Acc@1 {best['acc1']:.3f} after {best['epoch'] + 1} epochs" if best else "no epoch was left to train"
+    )
     _log.info(f"done: {reached}; everything is in {folder}")
 
 

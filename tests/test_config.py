@@ -505,14 +505,21 @@ def test_no_options_change_nothing():
         (["DATA", "64"], "DATA"),
         (["", "64"], "unknown key"),
         (["AUG.SCALE", "[0.5, 1"], "AUG.SCALE"),
-        (["OUTPUT", "{a: 1, a: 2}"], "OUTPUT"),
-        (["TAG", "2024-13-45"], "TAG"),
+        (["SEED", "{a: 1, a: 2}"], "SEED"),
+        (["SEED", "2024-13-45"], "SEED"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, told):
     with pytest.raises(UserError, match="--opts") as caught:
         merge_options(default_config(), options)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["5", "2024-01-05", "", "yes", "[a"])
+def test_an_option_of_a_text_key_is_taken_as_it_is_written(text):
+    config = default_config()
+    merge_options(config, ["TAG", text])
+    assert text == config.TAG
 
 
 # Saving and comparing

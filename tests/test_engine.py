@@ -507,5 +507,13 @@ def test_an_evaluation_computes_in_the_precision_asked_for():
     assert seen == [torch.float32, torch.bfloat16]
 
 
-def test_an_evaluation_of_nothing_is_a_score_of_none():
-    assert evaluate(Fixed(), [], ALONE, FP32).images == 0
+def test_an_evaluation_of_nothing_is_refused():
+    with pytest.raises(UserError, match="0 of some"):
+        evaluate(Fixed(), [], ALONE, FP32)
+
+
+def test_an_evaluation_of_other_images_than_announced_is_refused():
+    score = evaluate(Fixed(), batches(2, 4), ALONE, FP32, images=8)
+    assert score.images == 8
+    with pytest.raises(UserError, match="8 of 9"):
+        evaluate(Fixed(), batches(2, 4), ALONE, FP32, images=9)

@@ -372,7 +372,7 @@ def test_killed_run_goes_on_as_if_it_had_not_been(
     words = [str(word) for word in ("python", "train.py", *where, *steps)]
     process = subprocess.Popen(words, cwd=REPOSITORY, env=user_environment(), stdout=subprocess.DEVNULL)
     folder = tmp_path / "tiny" / "run"
-    while process.poll() is None and not (folder / "ckpt_epoch_1.pth").exists():
+    while process.poll() is None and not (folder / "last.pth").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,13 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return {"model": safetensors.torch.load_file(path)}
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+        # The published code keeps its yacs configuration beside the weights; it comes in as a plain dict.
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        held = listing(_foreign_types(path)) or reason(error)
         raise UserError(
-            f"{path} holds objects besides tensors and plain types{_foreign_types(path)}; nothing in it was run: "
-            "save its state dict alone, where you trust it"
+            f"{path} is no checkpoint of plain tensors ({held}); nothing in it was run: name another file"
         ) from None
     except Exception as error:  # what random bytes make the readers raise is not theirs to promise
         raise UserError(f"{path} is no checkpoint ({reason(error)}): name another file") from None
@@ -96,12 +99,11 @@ def load(path: str | Path) -> dict[str, Any]:
     return state if isinstance(state.get("model"), Mapping) else {"model": state}
 
 
-def _foreign_types(path: Path) -> str:
+def _foreign_types(path: Path) -> list[str]:
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # text and older formats cannot be looked into
-        return ""
-    return f" ({listing(names)})" if names else ""
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # text, and files older than the zip format, cannot be looked into
+        return []
 
 
 def numbered(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """The loops: one epoch of training, one evaluation. They are given built objects and build none."""
 
+import datetime
 import math
 import resource
 import time
@@ -132,7 +133,7 @@ def train_one_epoch(
             bar.update()
             if (update_in_epoch + 1) % report_every == 0 or update_in_epoch + 1 == steps.updates_per_epoch:
                 latest = meter.report(epoch, update + 1, update_in_epoch + 1)
-                left = time.strftime("%H:%M:%S", time.gmtime(latest.seconds * (steps.updates - latest.update)))
+                left = datetime.timedelta(seconds=int(latest.seconds * (steps.updates - latest.update)))
                 bar.set_postfix_str(
                     f"loss {latest.loss:.3f}, lr {latest.lr:.2e}, {latest.images_per_s:.0f} images/s, run left {left}"
                 )

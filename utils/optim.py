@@ -163,3 +163,10 @@ def choose_precision(config: CfgNode, device: torch.device, say: Callable[[str],
     if device.type == "cpu":
         return make("fp32")
     return make("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+
+
+def choose_scoring_precision(config: CfgNode, device: torch.device, say: Callable[[str], None]) -> Precision:
+    """As `choose_precision`, but left to itself it is fp32 on every device, so that the digits do not depend on it."""
+    if config.PRECISION == "auto" and not config.AMP_OPT_LEVEL:
+        return Precision("fp32", device.type)
+    return choose_precision(config, device, say)

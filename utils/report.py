@@ -70,5 +70,5 @@ def log_scores(
         prefix, suffix = ("ema_", "_ema") if of_ema else ("", "")
         line |= {f"{prefix}acc1": score.acc1, f"{prefix}acc5": score.acc5, f"{prefix}loss": score.loss}
         tags |= {f"Acc@1{suffix}": score.acc1, f"Acc@5{suffix}": score.acc5}
-    _log.info(f"best Acc@1 so far: {best['acc1']:.3f} (epoch {best['epoch']})")
+    _log.info(f"best Acc@1 so far: {best['acc1']:.3f} (after {best['epoch'] + 1} epochs)")
     metrics.write(line, tags)
