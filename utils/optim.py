@@ -82,7 +82,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, ranks: int) -> torch.opti
             layer_decay=config.TRAIN.LAYER_DECAY if config.TRAIN.LAYER_DECAY < 1 else None,
             **adaptive,
         )
-    except (AssertionError, ImportError) as error:
+    except (AssertionError, ImportError, TypeError) as error:
         raise UserError(f"TRAIN.OPTIMIZER.NAME {name} cannot be used here ({reason(error)}): choose another") from None
 
 
