@@ -44,6 +44,7 @@ from utils.optim import (
     build_scheduler,
     choose_precision,
     choose_scoring_precision,
+    memory_format,
 )
 from utils.report import log_plan, log_report, log_scores
 from utils.resume import find_state, restore, start_from_pretrained, state_of
@@ -119,12 +120,12 @@ def build_training(
     config: CfgNode, here: World, precision: Precision, network: GroupMixFormer, steps_per_epoch: int
 ) -> Training:
     """Puts the network on its device and builds what trains it."""
-    memory_format = torch.channels_last if config.CHANNELS_LAST else torch.contiguous_format
+    layout = memory_format(config)
     on_gpus = here.device.type == "cuda"
     torch.backends.cudnn.benchmark = on_gpus
     if on_gpus and here.size > 1 and config.TRAIN.SYNC_BN:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    network.to(here.device, memory_format=memory_format)
+    network.to(here.device, memory_format=layout)
     steps = Steps(steps_per_epoch, accumulation_steps(config), config.TRAIN.EPOCHS)
     optimizer = build_optimizer(config, network, here.size)
     ema = build_ema(config, network)
@@ -150,7 +151,7 @@ def build_training(
         batch_size=config.DATA.BATCH_SIZE,
         clip_grad=config.TRAIN.CLIP_GRAD,
         seed=config.SEED,
-        memory_format=memory_format,
+        memory_format=layout,
     )
 
 

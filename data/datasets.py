@@ -273,8 +273,8 @@ def check_same_classes(train: list[str] | None, val: list[str] | None) -> None:
         for split, names in (("training", only_train), ("validation", only_val))
         if names
     ]
-    reason = "; ".join(sides) or "the same ones in another order"
-    raise UserError(f"training and validation classes differ ({reason}): make the folders agree")
+    difference = "; ".join(sides) or "the same ones in another order"
+    raise UserError(f"training and validation classes differ ({difference}): make the folders agree")
 
 
 def map_classes(found: list[str] | None, known: list[str] | None, num_classes: int) -> list[int] | None:

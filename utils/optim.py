@@ -121,6 +121,11 @@ def build_loss(config: CfgNode) -> nn.Module:
     return nn.CrossEntropyLoss()
 
 
+def memory_format(config: CfgNode) -> torch.memory_format:
+    """The layout of network and images."""
+    return torch.channels_last if config.CHANNELS_LAST else torch.contiguous_format
+
+
 @dataclass(frozen=True)
 class Precision:
     """How the network computes on a device.

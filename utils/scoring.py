@@ -15,7 +15,7 @@ from utils.dist import World
 from utils.engine import evaluate
 from utils.errors import UserError
 from utils.metrics import Score
-from utils.optim import Precision
+from utils.optim import Precision, memory_format
 
 _log = logging.getLogger(__name__)
 
@@ -54,9 +54,8 @@ def score_weights(
     Raises:
         UserError: If weights, data and configuration do not fit together.
     """
-    state: dict[str, Any] = {}
-    if not random_weights:
-        state = checkpoint.load(weights_file(config))
+    source = None if random_weights else weights_file(config)
+    state: dict[str, Any] = checkpoint.load(source) if source else {}
     classes = state.get("classes")
     num_classes = config.MODEL.GMA.NUM_CLASSES or (len(classes) if classes else 0)
     if classes and num_classes != len(classes):
@@ -68,11 +67,9 @@ def score_weights(
     if not num_classes and not eval_data.classes:
         raise UserError("neither the checkpoint nor the data tells the number of classes: set MODEL.GMA.NUM_CLASSES")
     network = build_model(config, num_classes or len(eval_data.classes or []))
-    if not random_weights:
-        load_weights(network, _choose(state, use_ema, weights_file(config)), weights_file(config))
-    network.to(world.device)
-    if config.CHANNELS_LAST:
-        network.to(memory_format=torch.channels_last)
+    if source:
+        load_weights(network, _choose(state, use_ema, source), source)
+    network.to(world.device, memory_format=memory_format(config))
     if classes and eval_data.classes and eval_data.classes != classes:
         _log.info(
             "%d of the checkpoint's %d classes are in the data; matched by name", len(eval_data.classes), len(classes)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from utils.optim import Precision
+from utils.optim import Precision, memory_format
 
 
 @torch.inference_mode()
@@ -43,10 +43,10 @@ def _wait(device: torch.device) -> None:
 
 def throughput_line(model: nn.Module, config: CfgNode, device: torch.device, precision: Precision) -> str:
     """Measures a network at the configured batch and image size, and says under which conditions."""
-    memory_format = torch.channels_last if config.CHANNELS_LAST else torch.contiguous_format
+    layout = memory_format(config)
     size, batch = config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE
-    images = torch.randn(batch, config.MODEL.GMA.IN_DIM, size, size, device=device).to(memory_format=memory_format)
-    speed = throughput(model.to(device, memory_format=memory_format), images, precision)
+    images = torch.randn(batch, config.MODEL.GMA.IN_DIM, size, size, device=device).to(memory_format=layout)
+    speed = throughput(model.to(device, memory_format=layout), images, precision)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return (
         f"throughput {speed:.1f} images/s (batch {batch}, {size} x {size}, {precision.name}, {name}, "
