@@ -1,5 +1,6 @@
 """Loaders and mixup from the configuration."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from data.transforms import eval_transform, image_mode, train_transform
 from utils.config import mixes
 from utils.dist import World
 from utils.errors import UserError
+from utils.signals import ignore_stop_signals
 
 
 @dataclass(frozen=True)
@@ -21,19 +23,28 @@ class TrainData:
     """Training batches of this rank.
 
     Attributes:
-        loader: Gives (images [B, C, H, W], class numbers [B]).
+        loader: Gives (images [B, C, H, W], class numbers [B], complaints about broken images: B texts, mostly empty).
         classes: Class names by number, or None where the data does not tell.
+        images: Images over all ranks.
         steps_per_epoch: Batches of an epoch.
     """
 
     loader: DataLoader
     classes: list[str] | None
+    images: int
     steps_per_epoch: int
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the loader gives out next."""
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Chooses the epoch that the loader gives out next, and the batch of this rank that it begins with."""
         giver = self.loader.dataset if isinstance(self.loader.dataset, ImageStream) else self.loader.batch_sampler
-        giver.set_epoch(epoch)
+        giver.set_epoch(epoch, first_batch)
+
+    def names(self, epoch: int, batches: range) -> list[str]:
+        """What the samples of some of this rank's batches of an epoch are called; a stream does not tell."""
+        if isinstance(self.loader.dataset, ImageStream):
+            return ["samples of a stream, which has no names for them"]
+        indices = self.loader.batch_sampler.indices(epoch, batches)
+        return [self.loader.dataset.source.name(index) for index in indices]
 
 
 @dataclass(frozen=True)
@@ -41,14 +52,16 @@ class EvalData:
     """Evaluation batches of this rank: every image on exactly one rank, once.
 
     Attributes:
-        loader: Gives (images [B, C, H, W], class numbers [B]).
+        loader: Gives (images [B, C, H, W], class numbers [B], complaints about broken images: B texts, mostly empty).
         classes: Class names of the data by number, or None where it does not tell.
         images: Images over all ranks, or 0 where a stream does not tell.
+        rounds: Batches that every rank has, or 0 where that is not known.
     """
 
     loader: DataLoader
     classes: list[str] | None
     images: int
+    rounds: int
 
 
 def build_train_data(config: CfgNode, world: World) -> TrainData:
@@ -59,20 +72,21 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
     """
     data, transform, mode = config.DATA, train_transform(config), image_mode(config)
     source = open_split(config, data.TRAIN_SPLIT, is_training=True)
+    replace = data.ON_ERROR == "skip"
     if isinstance(source, IterableImageDataset):
         if config.AUG.REPEATS > 1:
             raise UserError(
                 f"AUG.REPEATS {config.AUG.REPEATS} needs random access, which {data.DATASET} has not: set it to 1"
             )
         source.set_loader_cfg(num_workers=_workers(config, world))
-        stream = ImageStream(source, transform, mode, world, config.SEED)
+        stream = ImageStream(source, transform, mode, world, config.SEED, data.BATCH_SIZE, replace)
         loader = DataLoader(stream, data.BATCH_SIZE, drop_last=True, **_loader_settings(config, world))
         classes, images, steps = stream.classes, len(stream) * world.size, len(stream) // data.BATCH_SIZE
     else:
         sampler = TrainBatchSampler(
             len(source), data.BATCH_SIZE, world.rank, world.size, config.SEED, config.AUG.REPEATS
         )
-        samples = ImageSamples(source, transform, mode)
+        samples = ImageSamples(source, transform, mode, replace=replace)
         loader = DataLoader(samples, batch_sampler=sampler, **_loader_settings(config, world))
         classes, images, steps = source.classes, len(source), len(sampler)
     if steps == 0:
@@ -80,7 +94,7 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
             f"an epoch has no update: {images} training images do not fill a batch of {data.BATCH_SIZE} "
             f"on each of {world.size} rank(s): lower --batch-size"
         )
-    return TrainData(loader, classes, steps)
+    return TrainData(loader, classes, images, steps)
 
 
 def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_classes: int | None) -> EvalData:
@@ -103,18 +117,23 @@ def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_
         if stream.classes is not None and known is not None:
             check_same_classes(known, stream.classes)
         loader = DataLoader(stream, data.BATCH_SIZE, **_loader_settings(config, world))
-        return EvalData(loader, stream.classes, source.reader.num_samples or 0)
+        return EvalData(loader, stream.classes, source.reader.num_samples or 0, rounds=0)
     to_class = map_classes(source.classes, known, num_classes or len(source.classes or []))
     samples = ImageSamples(source, transform, mode, to_class)
     sampler = EvalSampler(len(source), world.rank, world.size)
     loader = DataLoader(samples, data.BATCH_SIZE, sampler=sampler, **_loader_settings(config, world))
-    return EvalData(loader, source.classes, len(source))
+    rounds = math.ceil(len(source) // world.size / data.BATCH_SIZE)
+    return EvalData(loader, source.classes, len(source), rounds)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _workers(config: CfgNode, world: World) -> int:
     """The configured number of loader processes, or as many as this rank has cores where that is less."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(config.DATA.NUM_WORKERS, max(cores // world.local_size, 1))
+    return min(config.DATA.NUM_WORKERS, max(available_cores() // world.local_size, 1))
 
 
 def _loader_settings(config: CfgNode, world: World) -> dict[str, Any]:
@@ -123,6 +142,7 @@ def _loader_settings(config: CfgNode, world: World) -> dict[str, Any]:
         "num_workers": workers,
         "pin_memory": config.DATA.PIN_MEMORY and world.device.type == "cuda",
         "persistent_workers": workers > 0,
+        "worker_init_fn": ignore_stop_signals,
     }
 
 

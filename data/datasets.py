@@ -1,7 +1,9 @@
 """Folders and timm's data sets -> samples of (image tensor, class number), with the class names checked.
 
 A *source* gives PIL images and class numbers, and knows its class names where they can be told; `ImageSamples` and
-`ImageStream` decode, convert and transform what sources give.
+`ImageStream` decode, convert and transform what sources give. A broken image never stops a loader: it comes through as
+a *complaint* beside a blank image, or beside another image where broken ones are replaced, and whoever takes the batch
+decides.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
 
+from data.decoding import as_mode
 from data.samplers import SampleKey
 from data.transforms import Transform
 from utils.dist import World
@@ -23,7 +26,8 @@ from utils.errors import BrokenDataError, UserError, listing, reason
 from utils.seeding import number_for, seed_everything
 
 _FOLDER_NAMES = ("folder", "imagenet")  # the published configurations call an ImageNet folder 'imagenet'
-_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises at a broken image
+_BLANK_SIZE = (64, 64)
+_MOST_REPLACEMENTS = 100  # if so many samples in a row are broken, the data is gone
 _TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 
@@ -44,25 +48,33 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """What to call a sample in an error."""
 
+    def class_of(self, index: int) -> str | None:
+        """The name of a sample's class, where it can be told without reading the sample."""
+
 
 class FolderSource:
     """An ImageNet folder, root/<class>/**/<image>, classes in the order of their names.
 
     Args:
         root: The folder of one split.
+        allow_empty: Whether classes may have no images.
 
     Raises:
         UserError: If the folder is missing or holds no classes, or a class no images.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, allow_empty: bool = False) -> None:
         if not root.is_dir():
             raise UserError(f"{root} is no folder: put images in {root}/<class>/, or name another --data-path")
         try:
-            self._folder = ImageFolder(str(root))
+            self._folder = ImageFolder(str(root), allow_empty=True)
         except FileNotFoundError as error:
             raise UserError(f"{root}: {str(error).splitlines()[0].rstrip('.')}: add images or remove it") from None
         self.classes: list[str] | None = self._folder.classes
+        full = {target for _, target in self._folder.samples}
+        empty = [name for number, name in enumerate(self._folder.classes) if number not in full]
+        if empty and not allow_empty:
+            raise UserError(f"{root} has classes without images ({listing(empty)}): add images or remove the folders")
 
     def __len__(self) -> int:
         return len(self._folder.samples)
@@ -75,6 +87,10 @@ class FolderSource:
     def name(self, index: int) -> str:
         """The file's path."""
         return self._folder.samples[index][0]
+
+    def class_of(self, index: int) -> str | None:
+        """The name of its class's folder."""
+        return self._folder.classes[self._folder.samples[index][1]]
 
 
 class TimmSource:
@@ -103,6 +119,11 @@ class TimmSource:
         samples = getattr(self._dataset, "samples", None)
         return str(samples[index][0]) if samples else f"sample {index}"
 
+    def class_of(self, index: int) -> str | None:
+        """The name of its class, where the reader has a list of them."""
+        targets = getattr(self._reader or self._dataset, "targets", None)
+        return self.classes[int(targets[index])] if targets is not None and self.classes else None
+
 
 def class_names(dataset: Any) -> list[str] | None:
     """Names by class number, of a data set of timm or torchvision, or None where it does not tell."""
@@ -115,6 +136,9 @@ def class_names(dataset: Any) -> list[str] | None:
     return [str(name) for name, _ in sorted(numbers.items(), key=lambda item: item[1])]
 
 
+Sample = tuple[Tensor, int, str]  # (image [C, H, W], class number, complaint: empty where nothing was wrong)
+
+
 class ImageSamples(Dataset):
     """Samples with random access.
 
@@ -123,30 +147,55 @@ class ImageSamples(Dataset):
         transform: PIL image of the given mode -> tensor [C, H, W].
         mode: PIL's mode.
         to_class: Class number of the source -> class number of the network; the same if None.
+        replace: Whether another sample takes a broken one's place.
     """
 
-    def __init__(self, source: Source, transform: Transform, mode: str, to_class: Sequence[int] | None = None) -> None:
-        self.source, self._transform, self._mode, self._to_class = source, transform, mode, to_class
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        mode: str,
+        to_class: Sequence[int] | None = None,
+        replace: bool = False,
+    ) -> None:
+        self.source, self._transform, self._mode = source, transform, mode
+        self._to_class, self._replace = to_class, replace
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: SampleKey | int) -> tuple[Tensor, int]:
+    def __getitem__(self, key: SampleKey | int) -> Sample:
         """A sample by its index, or by its index and the seed of its augmentation.
 
+        No part of a broken image is ever given out: a blank image takes its place, or with `replace` another sample
+        that the seed chooses.
+
         Raises:
-            BrokenDataError: If the image is broken: no part of an image is ever given out.
+            BrokenDataError: If no sample can be read to replace a broken one.
         """
-        index = key
+        index, seed = key if isinstance(key, tuple) else (key, 0)
         if isinstance(key, tuple):
-            index, seed = key
             seed_everything(seed)
+        image, target, complaint = self._read(index)
+        if image is None and self._replace:
+            image, target = self._replacement(seed, complaint)
+        image = image or Image.new(self._mode, _BLANK_SIZE)
+        return self._transform(image), self._to_class[target] if self._to_class else target, complaint
+
+    def _read(self, index: int) -> tuple[Image.Image | None, int, str]:
         try:
             image, target = self.source.read(index)
-            image = image.convert(self._mode)
-        except _BROKEN as error:
-            raise BrokenDataError(f"{self.source.name(index)} is broken ({reason(error)}): mend or remove it") from None
-        return self._transform(image), self._to_class[target] if self._to_class else target
+            return as_mode(image, self._mode), target, ""
+        except Exception as error:  # decoders and readers raise errors of every kind at garbage
+            of_class = f" of class {name}" if (name := self.source.class_of(index)) else ""
+            return None, 0, f"{self.source.name(index)}{of_class} is broken ({reason(error)})"
+
+    def _replacement(self, seed: int, complaint: str) -> tuple[Image.Image, int]:
+        for attempt in range(_MOST_REPLACEMENTS):
+            image, target, _ = self._read(number_for(seed, "replacement", attempt) % len(self))
+            if image is not None:
+                return image, target
+        raise BrokenDataError(f"{complaint}, and so are {_MOST_REPLACEMENTS} others: is the data still there?")
 
 
 class ImageStream(IterableDataset):
@@ -161,42 +210,64 @@ class ImageStream(IterableDataset):
         mode: PIL's mode.
         world: This process among all.
         seed: The run's seed in training; None for evaluation.
+        batch_size: Images of a batch, which an epoch that is gone on with is skipped ahead by.
+        replace: Whether the next sample takes a broken one's place.
     """
 
     def __init__(
-        self, dataset: IterableImageDataset, transform: Transform, mode: str, world: World, seed: int | None
+        self,
+        dataset: IterableImageDataset,
+        transform: Transform,
+        mode: str,
+        world: World,
+        seed: int | None,
+        batch_size: int = 1,
+        replace: bool = False,
     ) -> None:
         self.dataset, self._transform, self._mode, self._world, self._seed = dataset, transform, mode, world, seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers outlive an epoch and must see it
+        self._batch_size, self._replace = batch_size, replace
+        # (epoch, its first batch): workers outlive an epoch and must see it
+        self._start = torch.zeros(2, dtype=torch.int64).share_memory_()
         self.classes = class_names(dataset)
         if seed is None:
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that is given out next."""
-        self._epoch.fill_(epoch)
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Chooses the epoch that is given out next, and the batch that it begins with."""
+        self._start.copy_(torch.tensor([epoch, first_batch]))
         self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+    def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
-        worker = info.id if info else 0
-        for count, (image, target) in enumerate(self._images()):
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        epoch, first_batch = self._start.tolist()
+        passed = len(range(worker, first_batch, workers)) * self._batch_size  # workers give batches in turn
+        complaint = ""
+        for count, (image, target) in enumerate(self._raw()):
             if self._seed is not None:
-                where = (int(self._epoch), self._world.rank, worker, count)
-                seed_everything(number_for(self._seed, "augment stream", *where))
+                if count < passed:
+                    continue
+                seed_everything(number_for(self._seed, "augment stream", epoch, self._world.rank, worker, count))
             elif count % self._world.size != self._world.rank:
                 continue
-            yield self._transform(image), target
+            try:
+                image = as_mode(image, self._mode)
+            except Exception as error:
+                complaint = f"an image of the stream is broken ({reason(error)})"
+                if self._replace:
+                    continue
+                image = Image.new(self._mode, _BLANK_SIZE)
+            yield self._transform(image), int(target), complaint
+            complaint = ""
 
-    def _images(self) -> Iterator[tuple[Image.Image, int]]:
+    def _raw(self) -> Iterator[tuple[Image.Image, int]]:
         try:
-            for image, target in self.dataset:
-                yield image.convert(self._mode), int(target)
-        except _BROKEN as error:
-            raise BrokenDataError(f"the stream has a broken image ({reason(error)}): mend its shards") from None
+            yield from self.dataset
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BrokenDataError(f"the stream is broken ({reason(error)}): mend its shards") from None
 
 
 def open_split(config: CfgNode, split: str, is_training: bool) -> FolderSource | TimmSource | IterableImageDataset:

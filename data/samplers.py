@@ -29,21 +29,32 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
     def __init__(self, length: int, batch_size: int, rank: int, ranks: int, seed: int, repeats: int = 1) -> None:
         self._length, self._batch_size, self._rank, self._ranks = length, batch_size, rank, ranks
         self._seed, self._repeats = seed, repeats
-        self.epoch = 0
+        self.epoch = self._first_batch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that is given out next."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Chooses the epoch that is given out next, and the batch that it begins with."""
+        self.epoch, self._first_batch = epoch, first_batch
 
     def __len__(self) -> int:
         return self._length // (self._batch_size * self._ranks)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        generator = torch.Generator().manual_seed(number_for(self._seed, "order", self.epoch))
-        order = torch.randperm(self._length, generator=generator).tolist()
-        batch = self._batch_size * self._ranks
-        for start in range(0, len(self) * batch, batch):
-            yield [self._key(order, place) for place in range(start + self._rank, start + batch, self._ranks)]
+        order = self._order(self.epoch)
+        for batch in range(self._first_batch, len(self)):
+            yield [self._key(order, place) for place in self._places(batch)]
+
+    def indices(self, epoch: int, batches: range) -> list[int]:
+        """The samples of some of this rank's batches of an epoch."""
+        order = self._order(epoch)
+        return [order[place // self._repeats] for batch in batches for place in self._places(batch)]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(number_for(self._seed, "order", epoch))
+        return torch.randperm(self._length, generator=generator).tolist()
+
+    def _places(self, batch: int) -> range:
+        size = self._batch_size * self._ranks
+        return range(batch * size + self._rank, (batch + 1) * size, self._ranks)
 
     def _key(self, order: list[int], place: int) -> SampleKey:
         index, copy = order[place // self._repeats], place % self._repeats

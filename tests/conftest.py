@@ -113,7 +113,8 @@ class Run:
         folder = output / self.folder.parent.name / self.folder.name
         shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("best.pth", "last.pth", "runs", "*.png"))
         for path in folder.glob("ckpt_epoch_*.pth"):
-            if int(path.stem.rpartition("_")[2]) > epochs:
+            epoch, _, place = path.stem.removeprefix("ckpt_epoch_").partition("_update_")
+            if (int(epoch), int(place or 0)) > (epochs, 0):
                 path.unlink()
         states = [self.checkpoint(f"ckpt_epoch_{epoch}.pth") for epoch in range(1, epochs + 1)]
         best = next(i for i, state in enumerate(states, 1) if state["best"] == states[-1]["best"])
@@ -205,7 +206,7 @@ def _undisturbed() -> Iterator[None]:
     handlers, level = list(root.handlers), root.level
     torch.set_num_threads(1)
     try:
-        with mock.patch.object(FigureCanvasAgg, "print_png"):
+        with mock.patch.object(FigureCanvasAgg, "print_png", lambda _canvas, place: Path(place).touch()):
             yield
     finally:
         torch.set_num_threads(threads)

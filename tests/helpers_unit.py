@@ -1,5 +1,11 @@
 """Small configurations, networks, image folders and trainings that several unit tests share."""
 
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,8 +21,10 @@ from yacs.config import CfgNode
 
 from utils.config import default_config, lookup
 from utils.dist import World
-from utils.engine import Report, Training, train_one_epoch
+from utils.engine import Training, Watch, train_one_epoch
+from utils.meter import Report
 from utils.optim import Precision, Steps, build_ema, build_loss, build_optimizer, build_scheduler
+from utils.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -115,12 +123,20 @@ class FakeReader:
             yield plain(number), number % 3
 
 
-def batches(count: int, size: int, classes: int = 3, shape: tuple[int, ...] = (3, 2, 2)) -> list[tuple[Tensor, Tensor]]:
-    """So many micro-batches of noise, in double precision, the same on every call."""
+Batch = tuple[Tensor, Tensor, list[str]]
+
+
+def batches(count: int, size: int, classes: int = 3, shape: tuple[int, ...] = (3, 2, 2)) -> list[Batch]:
+    """So many micro-batches of noise without complaints, in double precision, the same on every call."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(count * size, *shape, generator=generator, dtype=torch.float64)
     targets = torch.randint(classes, (count * size,), generator=generator)
-    return list(zip(images.split(size), targets.split(size), strict=True))
+    return fine(zip(images.split(size), targets.split(size), strict=True))
+
+
+def fine(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Batch]:
+    """Micro-batches with nothing to complain about."""
+    return [(images, targets, [""] * len(targets)) for images, targets in pairs]
 
 
 def small_network(classes: int = 3) -> nn.Sequential:
@@ -153,8 +169,10 @@ def training_of(network: nn.Module, steps_per_epoch: int, config: CfgNode | None
         "steps": steps,
         "batch_size": config.DATA.BATCH_SIZE,
         "clip_grad": config.TRAIN.CLIP_GRAD,
+        "most_left_out": config.TRAIN.MAX_LEFT_OUT,
         "seed": config.SEED,
         "memory_format": torch.contiguous_format,
+        "progress": Progress(),
     }
     return Training(**{**parts, **others})
 
@@ -173,8 +191,79 @@ def plain_training(**values: Any) -> CfgNode:
     return configured(**{**fixed, **values})
 
 
-def train(training: Training, loader: Iterable[Any], epoch: int = 0, every: int = 1) -> list[Report]:
+class Reports(Watch):
+    """Keeps the reports of a training, and passes each on to a function if there is one."""
+
+    def __init__(self, follow: Callable[[Report], None] | None = None) -> None:
+        self.reports: list[Report] = []
+        self._follow = follow
+
+    def on_report(self, report: Report) -> None:
+        self.reports.append(report)
+        if self._follow:
+            self._follow(report)
+
+
+def train(
+    training: Training,
+    loader: Iterable[Any],
+    epoch: int = 0,
+    every: int = 1,
+    follow: Callable[[Report], None] | None = None,
+) -> list[Report]:
     """Trains for an epoch and returns the reports."""
-    reports: list[Report] = []
-    train_one_epoch(training, loader, epoch, every, reports.append)  # type: ignore[arg-type]
-    return reports
+    watch, progress = Reports(follow), training.progress
+    progress.epoch, progress.place, progress.updates = epoch, 0, epoch * training.steps.updates_per_epoch
+    train_one_epoch(training, loader, every, watch)  # type: ignore[arg-type]
+    return watch.reports
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether nested plain types and tensors are equal bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+def all_of(training: Training) -> dict[str, Any]:
+    """A copy of all that has to be saved."""
+    ema = training.ema.module.state_dict() if training.ema else None
+    parts = {"model": training.network.state_dict(), "optimizer": training.optimizer.state_dict(), "ema": ema}
+    return copy.deepcopy({**parts, "scaler": training.scaler.state_dict(), "progress": training.progress.state_dict()})
+
+
+_RANK_PROGRAM = """
+import importlib, json, sys
+module, function, *words = sys.argv[1:]
+print(json.dumps(getattr(importlib.import_module(module), function)(*words)))
+"""
+
+
+def start_ranks(module: str, function: str, *words: object) -> list[subprocess.Popen]:
+    """Starts two processes of a group; each prints, as JSON, what a test module's function gives for some words."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    fixed = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    fixed |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", _RANK_PROGRAM, module, function, *map(str, words)],
+            env={**os.environ, **fixed, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def said_by(process: subprocess.Popen) -> Any:
+    """What a process of `start_ranks` printed, once it has ended well."""
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return json.loads(output.splitlines()[-1])

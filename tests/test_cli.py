@@ -1,13 +1,17 @@
 """The shared command line: what it overrides, what it refuses, and how a program ends."""
 
-import pytest
-from helpers_unit import ROOT, noise, set_key, write_folder
-from torch.utils.data import DataLoader
+import os
+import signal
+import subprocess
+import sys
 
-from data.datasets import FolderSource, ImageSamples
+import pytest
+from helpers_unit import ROOT, set_key
+from torch.utils.data import DataLoader, Dataset
+
 from utils.cli import config_from, make_parser, run
 from utils.config import load_config, lookup
-from utils.errors import UserError
+from utils.errors import BrokenDataError, LostRankError, NotFiniteError, Stopped, UserError
 
 FILE = str(ROOT / "configs" / "groupmixformer_tiny.yaml")
 
@@ -19,8 +23,10 @@ PUBLISHED_FLAGS = (  # noqa: SIM905
 OVERRIDES = [
     (["--batch-size", "32"], "DATA.BATCH_SIZE", 32),
     (["--data-path", "some/folder"], "DATA.DATA_PATH", "some/folder"),
-    (["--pretrained", "w.pth"], "MODEL.PRETRAINED", "w.pth"),
-    (["--resume", "r.pth"], "MODEL.RESUME", "r.pth"),
+    (["--pretrained", __file__], "MODEL.PRETRAINED", __file__),  # some file that exists
+    (["--resume", __file__], "MODEL.RESUME", __file__),
+    (["--allow-changes"], "TRAIN.ALLOW_CHANGES", True),
+    (["--elastic"], "TRAIN.ELASTIC", True),
     (["--accumulation-steps", "4"], "TRAIN.ACCUMULATION_STEPS", 4),
     (["--use-checkpoint"], "TRAIN.USE_CHECKPOINT", True),
     (["--amp-opt-level", "O0"], "AMP_OPT_LEVEL", "O0"),
@@ -101,17 +107,15 @@ def test_old_launchers_may_pass_the_local_rank(words):
     ],
     ids=" ".join,
 )
-def test_a_flag_that_is_none_ends_the_program(words, capsys):
-    with pytest.raises(SystemExit) as caught:
+def test_a_flag_that_is_none_ends_the_program(words):
+    with pytest.raises(UserError, match="--help") as caught:
         parsed(*words)
-    assert caught.value.code == 2
-    assert "error" in capsys.readouterr().err
+    assert "\n" not in str(caught.value)
 
 
 def test_a_configuration_must_be_named():
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UserError, match="--cfg"):
         make_parser("A program.").parse_args([])
-    assert caught.value.code == 2
 
 
 @pytest.mark.parametrize("words", [["--zip"], ["--cache-mode", "part"], ["--zip", "--cache-mode", "no"]])
@@ -131,6 +135,41 @@ def test_only_our_model_file_and_type_are_taken():
 def test_the_merged_configuration_is_checked():
     with pytest.raises(UserError, match=r"DATA\.BATCH_SIZE"):
         configuration("--batch-size", "0")
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--pretrained"])
+@pytest.mark.parametrize("name", ["nowhere.pth", "."])
+def test_a_checkpoint_that_is_no_file_is_told_of(tmp_path, flag, name):
+    with pytest.raises(UserError) as caught:
+        configuration(flag, str(tmp_path / name))
+    assert str(caught.value) == f"{tmp_path / name} is no file: name a checkpoint"
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ended:
+    heavy = {"torch", "torchvision", "timm", "matplotlib"} & set(sys.modules)
+    print(ended.code, sorted(heavy))
+"""
+
+
+@pytest.mark.parametrize("script", ["train.py", "test.py"])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--resume", "nowhere.pth"], "error: nowhere.pth is no file: name a checkpoint"),
+        (["--pretrained", "nowhere.pth"], "error: nowhere.pth is no file: name a checkpoint"),
+        (["--opts", "DATA.IMGSIZE", "3"], "error: --opts: unknown key DATA.IMGSIZE: did you mean DATA.IMG_SIZE?"),
+        (["--batch-size", "0"], f"error: {FILE} with the flags: DATA.BATCH_SIZE is 0: give images, at least 1"),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_told_before_torch_is_imported(script, words, told):
+    command = [sys.executable, "-c", WITHOUT_TORCH, script, "--cfg", FILE, *words]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("2 []\n", f"{told}\n")
 
 
 # How a program ends
@@ -161,29 +200,69 @@ def test_a_users_error_is_one_line_and_exit_code_2(environment, monkeypatch, cap
     assert ending(main, capsys) == (2, ("", "error: x.yaml: unknown key A: did you mean B?\n"))
 
 
-def broken_sample(tmp_path):
-    """A folder with one broken image, its path, and samples of it."""
-    root = write_folder(tmp_path / "train", {"a": 1}, noise, ".jpg")
-    path = root / "a" / "000.jpg"
-    path.write_bytes(path.read_bytes()[:200])
-    return path, ImageSamples(FolderSource(root), lambda image: image, "RGB")
+class Unreadable(Dataset):
+    """Samples that cannot be read."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise BrokenDataError(f"{index}.png is broken (empty): is the data still there?")
 
 
-def test_a_users_error_in_a_loaders_worker_is_one_line_too(tmp_path, monkeypatch, capsys):
+def test_a_users_error_in_a_loaders_worker_is_one_line_too(monkeypatch, capsys):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    path, samples = broken_sample(tmp_path)
-    code, (out, err) = ending(lambda: list(DataLoader(samples, num_workers=1)), capsys)
+    code, told = ending(lambda: list(DataLoader(Unreadable(), num_workers=1)), capsys)
+    assert (code, told) == (2, ("", "error: 0.png is broken (empty): is the data still there?\n"))
+
+
+@pytest.mark.parametrize("kind", [BrokenDataError, LostRankError])
+def test_an_error_that_only_one_rank_meets_is_told(kind, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def main():
+        raise kind("rank 1 lost another rank: start the same command again")
+
+    assert ending(main, capsys) == (2, ("", "error: rank 1 lost another rank: start the same command again\n"))
+
+
+@pytest.mark.parametrize("error", [UserError("x"), NotFiniteError("x", [1.0], 2.0)])
+def test_an_error_that_all_ranks_meet_is_told_by_the_first_of_a_machine(error, monkeypatch, capsys):
+    def main():
+        raise error
+
+    for rank, told in (("0", "error: x\n"), ("1", ""), ("7", "")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert ending(main, capsys) == (2, ("", told))
+
+
+class Killed(Dataset):
+    """Samples whose reading ends the process that reads, as the system does where memory runs out."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_loaders_process_that_was_killed_is_told_of_in_one_line(capsys):
+    code, (out, err) = ending(lambda: list(DataLoader(Killed(), num_workers=1)), capsys)
     assert (code, out) == (2, "")
-    assert err.startswith(f"error: {path} is broken (")
+    assert err.startswith("error: DataLoader worker (pid")
+    assert "DATA.NUM_WORKERS" in err
     assert err.count("\n") == 1
 
 
-def test_an_error_that_only_one_rank_meets_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    path, samples = broken_sample(tmp_path)
-    code, (_, err) = ending(lambda: samples[0], capsys)
-    assert code == 2
-    assert str(path) in err
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_program_that_a_signal_stopped_says_so_by_its_exit_code(number, rank, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+
+    def main():
+        raise Stopped(number)
+
+    assert ending(main, capsys) == (128 + number, ("", ""))
 
 
 def test_an_interrupted_program_ends_quietly(capsys):
@@ -193,9 +272,10 @@ def test_an_interrupted_program_ends_quietly(capsys):
     assert ending(main, capsys) == (130, ("", ""))
 
 
-def test_an_error_of_the_code_keeps_its_traceback():
+@pytest.mark.parametrize("error", [ZeroDivisionError("mine"), RuntimeError("mine"), OSError("mine")], ids=repr)
+def test_an_error_of_the_code_keeps_its_traceback(error):
     def main():
-        raise ZeroDivisionError("mine")
+        raise error
 
-    with pytest.raises(ZeroDivisionError, match="mine"):
+    with pytest.raises(type(error), match="mine"):
         run(main)

@@ -15,6 +15,7 @@ import yaml
 from helpers_unit import ROOT, configured, examples
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from models import GroupMixFormer
 from models.build import build_model
@@ -205,6 +206,32 @@ def test_every_published_key_exists_with_the_recipes_default(name, value):
     assert value is ANY or (found == value and type(found) is type(value))
 
 
+SAFE_DEFAULTS = {
+    "DATA.ON_ERROR": "stop",
+    "DATA.MAX_BROKEN": 0.01,
+    "TRAIN.ALLOW_CHANGES": False,
+    "TRAIN.ELASTIC": False,
+    "TRAIN.SAVE_UPDATES": 0,
+    "TRAIN.SAVE_MINUTES": 15.0,
+    "TRAIN.ON_NONFINITE": "stop",
+    "TRAIN.MAX_LEFT_OUT": 20,
+    "RANK_TIMEOUT": 600,
+    "DETERMINISTIC": False,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), SAFE_DEFAULTS.items(), ids=SAFE_DEFAULTS)
+def test_without_a_key_a_run_stops_at_what_is_wrong_and_saves_often(name, value):
+    found = lookup(default_config(), name)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_images_are_normalised_as_timm_does_by_default():
+    data = default_config().DATA
+    assert list(IMAGENET_DEFAULT_MEAN) == data.MEAN
+    assert list(IMAGENET_DEFAULT_STD) == data.STD
+
+
 def test_defaults_pass_the_checks():
     check(default_config())
 
@@ -344,6 +371,11 @@ def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path, text, key, hint):
         ("MODEL: {GMA: {QKV_SCALE: large}}", "MODEL.GMA.QKV_SCALE", "number"),
         ("AUG: {CUTMIX_MINMAX: 0.5}", "AUG.CUTMIX_MINMAX", "list"),
         ("TAG: 5", "TAG", "text"),
+        ("DATA: {ON_ERROR: False}", "DATA.ON_ERROR", "text"),
+        ("TRAIN: {SAVE_UPDATES: 2.5}", "TRAIN.SAVE_UPDATES", "whole number"),
+        ("TRAIN: {SAVE_MINUTES: often}", "TRAIN.SAVE_MINUTES", "number"),
+        ("RANK_TIMEOUT: 0.5", "RANK_TIMEOUT", "whole number"),
+        ("DETERMINISTIC: 1", "DETERMINISTIC", "True or False"),
         ("DATA: 5", "DATA", "keys"),
         ("TRAIN:", "TRAIN", "keys"),
         ("TRAIN: {OPTIMIZER: adamw}", "TRAIN.OPTIMIZER", "keys"),
@@ -597,6 +629,17 @@ BAD_VALUES = [
     ("DATA.MEAN", [0.5]),
     ("DATA.STD", [0.5, 0.5]),
     ("DATA.STD", [0.5, 0.0, 0.5]),
+    ("DATA.ON_ERROR", "ignore"),
+    ("DATA.MAX_BROKEN", -0.1),
+    ("DATA.MAX_BROKEN", 1.1),
+    ("DATA.MAX_BROKEN", math.nan),
+    ("TRAIN.SAVE_UPDATES", -1),
+    ("TRAIN.SAVE_MINUTES", -1.0),
+    ("TRAIN.SAVE_MINUTES", math.inf),
+    ("TRAIN.ON_NONFINITE", "ignore"),
+    ("TRAIN.MAX_LEFT_OUT", 0),
+    ("RANK_TIMEOUT", 0),
+    ("RANK_TIMEOUT", 86401),
     ("MODEL.LABEL_SMOOTHING", 1.0),
     ("MODEL.LABEL_SMOOTHING", -0.1),
     ("MODEL.GMA.IN_DIM", 0),
@@ -664,6 +707,17 @@ def test_a_value_that_cannot_work_is_refused_by_its_key(name, value):
         ("AUG.SCALE", [1.0, 1.0]),
         ("AUG.MIXUP", 0.0),
         ("TRAIN.EMA_DECAY", 0.9999),
+        ("DATA.ON_ERROR", "skip"),
+        ("DATA.MAX_BROKEN", 0.0),
+        ("DATA.MAX_BROKEN", 1.0),
+        ("TRAIN.SAVE_UPDATES", 0),
+        ("TRAIN.SAVE_MINUTES", 0.0),
+        ("TRAIN.SAVE_MINUTES", 0.001),
+        ("TRAIN.ON_NONFINITE", "skip"),
+        ("TRAIN.MAX_LEFT_OUT", 1),
+        ("RANK_TIMEOUT", 1),
+        ("RANK_TIMEOUT", 86400),
+        ("DETERMINISTIC", True),
         ("AMP_OPT_LEVEL", "O2"),
         ("PRECISION", "bf16"),
     ],

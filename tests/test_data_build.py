@@ -1,12 +1,22 @@
 """Loaders and mixup as the configuration asks for them."""
 
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
 import pytest
 import torch
 from helpers_unit import (
     ALONE,
     CPU,
+    ROOT,
     FakeReader,
     configured,
+    examples,
     noise,
     number_of,
     plain,
@@ -14,12 +24,16 @@ from helpers_unit import (
     write_folder,
     write_tar,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 from timm.data import IterableImageDataset
 
 from data.build import build_eval_data, build_mixup, build_train_data
 from utils.dist import World
 from utils.errors import UserError
 from utils.seeding import seed_everything
+from utils.signals import STOP_SIGNALS
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +51,12 @@ def four_cores(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(4)), raising=False)
 
 
-def epoch_of(config, world=ALONE, epoch=0, data=None):
+def epoch_of(config, world=ALONE, epoch=0, data=None, first_batch=0):
     data = data or build_train_data(config, world)
-    data.set_epoch(epoch)
-    return list(data.loader)
+    data.set_epoch(epoch, first_batch)
+    batches = list(data.loader)
+    assert not any(complaint for _, _, complaints in batches for complaint in complaints)
+    return [(images, targets) for images, targets, _ in batches]
 
 
 def same(first, second):
@@ -51,7 +67,11 @@ def same(first, second):
 
 def numbers_of(loader, config):
     """The greys of the images of evenly grey data, and their classes."""
-    return [(number_of(i, config), int(t)) for images, targets in loader for i, t in zip(images, targets, strict=True)]
+    found = []
+    for images, targets, complaints in loader:
+        assert not any(complaints)
+        found += [(number_of(image, config), int(target)) for image, target in zip(images, targets, strict=True)]
+    return found
 
 
 # Training
@@ -60,7 +80,7 @@ def numbers_of(loader, config):
 def test_training_batches_are_images_and_class_numbers(root):
     data = build_train_data(small_data_config(root), ALONE)
     batches = epoch_of(None, data=data)
-    assert (data.classes, data.steps_per_epoch, len(batches)) == (["a", "b", "c"], 3, 3)
+    assert (data.classes, data.images, data.steps_per_epoch, len(batches)) == (["a", "b", "c"], 14, 3, 3)
     for images, targets in batches:
         assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.float32)
         assert (targets.shape, targets.dtype) == ((4,), torch.int64)
@@ -81,6 +101,77 @@ def test_augmentation_does_not_depend_on_the_number_of_workers_or_passes(root, a
     assert same(epoch_of(config, epoch=3, data=data), first)  # by the same workers, after another epoch
     config.SEED = 1
     assert not same(epoch_of(config, epoch=3), first)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_that_is_gone_on_with_gives_the_same_rest(root, workers):
+    config = small_data_config(root, AUG__AUTO_AUGMENT="rand-m5-mstd0.5-inc1", DATA__BATCH_SIZE=2)
+    whole = epoch_of(config, epoch=3)
+    config.DATA.NUM_WORKERS = workers
+    data = build_train_data(config, ALONE)
+    for first in (0, 1, 3, 6, 7):
+        assert same(epoch_of(config, epoch=3, data=data, first_batch=first), whole[first:])
+    assert same(epoch_of(config, epoch=3, data=data), whole)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_the_files_of_a_batch_are_named(root, repeats):
+    config = small_data_config(root, AUG__REPEATS=repeats)
+    for rank in range(2):
+        data = build_train_data(config, World(rank, 2, CPU))
+        data.loader.dataset._transform = lambda image: torch.tensor(float(np.asarray(image).sum()))
+        sums = {float(pixels_of(path).sum()): str(path) for path in (root / "train").rglob("*.png")}
+        given = [sums[float(image)] for images, _ in epoch_of(None, epoch=2, data=data) for image in images]
+        assert len(given) == 4
+        assert data.names(2, range(1)) == given
+        assert data.names(2, range(data.steps_per_epoch)) == given
+        assert data.names(3, range(1)) != given
+
+
+def pixels_of(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.fixture
+def partly_broken(tmp_path):
+    """A folder of which two images of each split are broken, and their paths in training."""
+    root = write_folder(tmp_path / "train", {"a": 6, "b": 6}, plain).parent
+    write_folder(tmp_path / "val", {"a": 6, "b": 6}, plain)
+    for split in ("train", "val"):
+        for number in (2, 8):
+            next((root / split).glob(f"*/{number:03d}.png")).write_bytes(b"")
+    return root, {str(path) for path in (root / "train").rglob("*.png") if path.stat().st_size == 0}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_broken_image_is_told_beside_its_batch(partly_broken, on_error, workers):
+    root, broken = partly_broken
+    config = small_data_config(root, DATA__ON_ERROR=on_error, DATA__NUM_WORKERS=workers)
+    config.AUG.COLOR_JITTER = config.AUG.REPROB = 0.0
+    complaints, blanks = [], 0
+    data = build_train_data(config, ALONE)
+    data.set_epoch(1)
+    for images, targets, of_batch in data.loader:
+        assert len(images) == len(targets) == len(of_batch) == 4
+        complaints += [complaint for complaint in of_batch if complaint]
+        blanks += sum(number_of(image, config) == 0 for image in images)
+    assert {complaint.split(" of class ")[0] for complaint in complaints} == broken
+    assert len(complaints) == 2
+    assert blanks == (2 + 1 if on_error == "stop" else 1)  # image 0 is black
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_broken_validation_image_is_never_replaced(partly_broken, on_error):
+    root, _ = partly_broken
+    config = small_data_config(root, DATA__ON_ERROR=on_error)
+    numbers, told = [], []
+    for images, _, of_batch in build_eval_data(config, ALONE, None, None).loader:
+        numbers += [number_of(image, config) for image in images]
+        told += of_batch
+    assert numbers == [0, 1, 0, 3, 4, 5, 6, 7, 0, 9, 10, 11]
+    assert [number for number, complaint in enumerate(told) if complaint] == [2, 8]
 
 
 def test_an_image_is_augmented_anew_each_epoch(root):
@@ -143,6 +234,19 @@ def test_each_validation_image_is_given_exactly_once(root, ranks, workers):
     assert shares[0].classes == ["a", "b", "c"]
 
 
+@given(images=st.integers(1, 60), ranks=st.integers(1, 9), batch_size=st.integers(1, 9))
+@examples(150)
+def test_rounds_are_the_batches_that_every_rank_has(images, ranks, batch_size):
+    source = type("Source", (), {"classes": ["a"], "__len__": lambda self: images})()
+    config = small_data_config("nowhere", DATA__BATCH_SIZE=batch_size)
+    with mock.patch("data.build.open_split", return_value=source):
+        shares = [build_eval_data(config, World(rank, ranks, CPU), None, None) for rank in range(ranks)]
+    numbers = [len(data.loader) for data in shares]
+    assert {data.rounds for data in shares} == {shares[0].rounds}
+    assert min(numbers) - 1 <= shares[0].rounds <= min(numbers)
+    assert max(numbers) <= shares[0].rounds + 1
+
+
 def test_classes_get_the_networks_numbers(root):
     config = small_data_config(root)
     data = build_eval_data(config, ALONE, ["c", "x", "a", "b"], 4)
@@ -178,6 +282,55 @@ def test_no_memory_is_pinned_for_a_cpu(root):
         assert not data.loader.pin_memory
 
 
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_signal_to_the_whole_group_leaves_the_loaders_processes_alive(root, number):
+    config = small_data_config(root, DATA__NUM_WORKERS=2)
+    for data in (build_train_data(config, ALONE), build_eval_data(config, ALONE, None, None)):
+        batches = iter(data.loader)
+        next(batches)
+        for worker in data.loader._iterator._workers:
+            subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
+        list(batches)
+        assert all(worker.is_alive() for worker in data.loader._iterator._workers)
+
+
+PROGRAM = """
+import sys
+from helpers_unit import ALONE, small_data_config
+from data.build import build_train_data
+from utils.cli import run
+
+def main():
+    data = build_train_data(small_data_config(sys.argv[1], DATA__NUM_WORKERS=1), ALONE)
+    for batch in data.loader:
+        print(data.loader._iterator._workers[0].pid)
+        raise {error}
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        ("__import__('utils.errors').errors.UserError('mine')", 2),
+        ("__import__('utils.errors').errors.Stopped(15)", 128 + 15),
+        ("ZeroDivisionError('mine')", 1),
+    ],
+    ids=["a user's error", "a signal", "an error of the code"],
+)
+def test_a_program_that_fails_ends_with_its_loaders_processes(root, error, code):
+    command = [sys.executable, "-c", PROGRAM.format(error=error), str(root)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, _ = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert not Path(f"/proc/{int(out)}").exists()
+
+
 @pytest.mark.parametrize("pinned", [True, False])
 def test_memory_is_pinned_for_a_gpu_where_asked_for(root, pinned):
     world = World(0, 1, torch.device("cuda", 0))
@@ -203,7 +356,33 @@ def streamed(monkeypatch):
 def test_a_stream_trains_as_many_steps_as_it_says(streamed):
     data = build_train_data(streamed, ALONE)
     assert (data.classes, data.steps_per_epoch) == (["a", "b", "c"], 6)
+    assert data.images == 26
     assert [len(targets) for _, targets in epoch_of(None, data=data)] == [4] * 6
+
+
+def test_a_stream_names_no_samples(streamed):
+    assert build_train_data(streamed, ALONE).names(0, range(3)) == ["samples of a stream, which has no names for them"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_streams_epoch_that_is_gone_on_with_gives_the_same_rest(streamed, workers):
+    streamed.DATA.NUM_WORKERS = workers
+    data = build_train_data(streamed, ALONE)
+    whole = epoch_of(None, epoch=3, data=data)
+    for first in range(7):
+        assert same(epoch_of(None, epoch=3, data=data, first_batch=first), whole[first:])
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_streams_broken_images_are_replaced_where_asked_for(streamed, on_error):
+    streamed.DATA.ON_ERROR = on_error
+    streamed.AUG.COLOR_JITTER = streamed.AUG.REPROB = 0.0
+    data = build_train_data(streamed, ALONE)
+    good, cut = list(data.loader.dataset.dataset.reader), Image.open(io.BytesIO(b"P6 40 36 255\n"))
+    data.loader.dataset.dataset.reader = [(cut, 0), *good]
+    images, _, complaints = next(iter(data.loader))
+    assert [bool(complaint) for complaint in complaints] == [True, False, False, False]
+    assert [number_of(image, streamed) for image in images] == ([0, 0, 1, 2] if on_error == "stop" else [0, 1, 2, 3])
 
 
 def test_a_streams_epochs_are_told_to_its_reader(streamed):

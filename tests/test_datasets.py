@@ -1,7 +1,13 @@
 """Folders, tar files and streams as samples, broken images, and classes matched by name."""
 
+import builtins
+import errno
+import gc
 import io
+import re
+import struct
 import tempfile
+import zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers_unit import CPU, FakeReader, configured, examples, noise, plain, write_folder, write_tar
+from helpers_unit import ALONE, CPU, FakeReader, configured, examples, noise, plain, write_folder, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,7 +33,8 @@ from data.datasets import (
     open_split,
 )
 from utils.dist import World
-from utils.errors import UserError
+from utils.errors import BrokenDataError, UserError
+from utils.seeding import number_for
 
 CLASSES = {"b": 2, "a": 3, "10": 2, "9": 1}  # sorted as text: 10, 9, a, b
 
@@ -40,8 +47,8 @@ def pixels(image):
     return np.array(image)
 
 
-def samples_of(root, mode="RGB", transform=pixels):
-    return ImageSamples(FolderSource(root), transform, mode)
+def samples_of(root, mode="RGB", transform=pixels, replace=False):
+    return ImageSamples(FolderSource(root), transform, mode, replace=replace)
 
 
 # Folders
@@ -87,46 +94,13 @@ def test_a_class_without_images_is_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-# Kinds of images
-
-ORANGE = (250, 120, 10)
-
-
-def kind_of_image(kind):
-    """An evenly coloured image of a kind, and its format."""
-    if kind == "palette":
-        image = Image.new("P", (12, 9))
-        image.putpalette(list(ORANGE))
-        return image, "PNG"
-    if kind == "palette with transparency":
-        image = Image.new("RGBA", (12, 9), (*ORANGE, 255)).quantize(4)
-        return image, "PNG"
-    mode = {"grey JPEG": "L", "CMYK JPEG": "CMYK", "RGBA": "RGBA", "two tones": "1"}.get(kind, "RGB")
-    return Image.new("RGB", (12, 9), ORANGE).convert(mode), "JPEG" if "JPEG" in kind else "PNG"
-
-
-@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize(
-    "kind",
-    ["RGB", "RGBA", "RGB JPEG", "grey JPEG", "CMYK JPEG", "palette", "palette with transparency", "two tones"],
-)
-def test_every_kind_of_image_comes_in_the_mode_asked_for(tmp_path, kind, mode):
-    image, form = kind_of_image(kind)
-    (tmp_path / "a").mkdir()
-    image.save(tmp_path / "a" / f"x.{form.lower()}", form)
-    found, _ = samples_of(tmp_path, mode, unchanged)[0]
-    assert (found.mode, found.size) == (mode, (12, 9))
-    wanted = image.convert(mode)
-    if kind not in ("grey JPEG", "two tones"):
-        wanted = Image.new("RGB", (12, 9), ORANGE).convert(mode)
-    assert np.abs(np.asarray(found, dtype=int).mean((0, 1)) - np.asarray(wanted, dtype=int).mean((0, 1))).max() <= 4
+# Samples
 
 
 def test_a_sample_is_transformed_and_its_class_translated(tmp_path):
     write_folder(tmp_path, {"a": 1, "b": 1}, plain)
     samples = ImageSamples(FolderSource(tmp_path), lambda image: image.getpixel((0, 0)), "L", to_class=[7, 3])
-    assert [samples[index] for index in range(len(samples))] == [(0, 7), (1, 3)]
+    assert [samples[index] for index in range(len(samples))] == [(0, 7, ""), (1, 3, "")]
 
 
 def test_a_seeded_sample_draws_the_same_every_time(tmp_path):
@@ -138,6 +112,12 @@ def test_a_seeded_sample_draws_the_same_every_time(tmp_path):
     assert samples[0, 12] != first
 
 
+def test_grey_and_coloured_networks_get_images_of_their_mode(tmp_path):
+    write_folder(tmp_path, {"a": 1}, lambda number: Image.new("CMYK", (12, 9), (0, 255, 255, 0)), ".jpg")
+    assert samples_of(tmp_path)[0][0].shape == (9, 12, 3)
+    assert samples_of(tmp_path, "L")[0][0].shape == (9, 12)
+
+
 # Broken images
 
 
@@ -147,38 +127,189 @@ def encoded(form, image=None, **options):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("suffix", "content"),
-    [
-        (".jpg", encoded("JPEG")[:600]),
-        (".jpg", encoded("JPEG")[:-2]),
-        (".jpg", encoded("JPEG", progressive=True)[:600]),
-        (".jpg", b"this is text\nand no image"),
-        (".jpg", b""),
-        (".png", encoded("PNG")[:600]),
-        (".png", b"\x89PNG\r\n\x1a\n"),
-        (".webp", encoded("WEBP")[:300]),
-        (".jpg", b"\x00" * 1000),
-    ],
-    ids=["half", "no end", "half progressive", "text", "empty", "half PNG", "PNG of nothing", "half WebP", "zeros"],
-)
-def test_a_broken_image_is_an_error_that_names_the_file(tmp_path, suffix, content):
-    write_folder(tmp_path, {"a": 1})
-    path = tmp_path / "a" / f"broken{suffix}"
+def bomb(width, height):
+    """The file of a PNG image of one tone and any size; only its header is whole."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    body = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def assert_complaint(complaint, start, cause=""):
+    """A line that names the sample, the class and the cause."""
+    assert re.fullmatch(rf".*{re.escape(start)} is broken \(.+\)", complaint)
+    assert cause in complaint
+
+
+BROKEN = {
+    "half": (".jpg", encoded("JPEG")[:600]),
+    "no end": (".jpg", encoded("JPEG")[:-2]),
+    "half progressive": (".jpg", encoded("JPEG", progressive=True)[:600]),
+    "text": (".jpg", b"this is text\nand no image"),
+    "empty": (".jpg", b""),
+    "half PNG": (".png", encoded("PNG")[:600]),
+    "PNG of nothing": (".png", b"\x89PNG\r\n\x1a\n"),
+    "half WebP": (".webp", encoded("WEBP")[:300]),
+    "zeros": (".jpg", b"\x00" * 1000),
+    "decompression bomb": (".png", bomb(100_000, 100_000)),
+}
+
+
+@pytest.mark.parametrize(("suffix", "content"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_image_is_a_blank_one_with_a_complaint(tmp_path, suffix, content):
+    write_folder(tmp_path, {"a": 1, "b": 1})
+    path = tmp_path / "b" / f"000{suffix}"
     path.write_bytes(content)
     samples = samples_of(tmp_path)
-    assert samples[0][0].shape == (36, 40, 3)
-    with pytest.raises(UserError) as caught:
-        samples[1]
-    assert str(caught.value).startswith(f"{path} is broken (")
+    assert [samples[index][2] for index in (0, 2)] == ["", ""]
+    image, target, complaint = samples[1]
+    assert not image.any()
+    assert target == 0
+    assert_complaint(complaint, f"{path} of class b")
+
+
+def refuse_to_open(monkeypatch, path, error):
+    """Lets opening a file fail: tests may run as a user whom no permission stops."""
+    original = open
+
+    def guarded(file, *args, **kwargs):
+        if str(file) == str(path):
+            raise error
+        return original(file, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", guarded)
+
+
+def test_an_unreadable_image_is_a_complaint(tmp_path, monkeypatch):
+    samples = samples_of(write_folder(tmp_path, {"a": 1}))
+    path = tmp_path / "a" / "000.png"
+    refuse_to_open(monkeypatch, path, PermissionError(errno.EACCES, "Permission denied", str(path)))
+    image, _, complaint = samples[0]
+    assert not image.any()
+    assert_complaint(complaint, f"{path} of class a", "Permission denied")
+
+
+def test_an_image_on_a_disk_that_fails_is_a_complaint(tmp_path, monkeypatch):
+    samples = samples_of(write_folder(tmp_path, {"a": 1}))
+    path = tmp_path / "a" / "000.png"
+    refuse_to_open(monkeypatch, path, OSError(errno.EIO, "Input/output error", str(path)))
+    assert_complaint(samples[0][2], f"{path} of class a", "Input/output error")
+
+
+def test_a_dangling_link_is_a_complaint(tmp_path):
+    write_folder(tmp_path, {"a": 1})
+    path = tmp_path / "a" / "999.png"
+    path.symlink_to(tmp_path / "gone.png")
+    image, _, complaint = samples_of(tmp_path)[1]
+    assert not image.any()
+    assert_complaint(complaint, f"{path} of class a", "No such file")
+
+
+def test_an_image_that_vanished_is_a_complaint(tmp_path):
+    samples = samples_of(write_folder(tmp_path, {"a": 1}))
+    (tmp_path / "a" / "000.png").unlink()
+    image, _, complaint = samples[0]
+    assert not image.any()
+    assert_complaint(complaint, "000.png of class a", "No such file")
+
+
+def test_an_image_that_was_read_is_closed(tmp_path):
+    samples = samples_of(write_folder(tmp_path, {"a": 20}))
+    (tmp_path / "a" / "003.png").write_bytes(b"")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    gc.disable()
+    try:
+        kept = [samples[index] for index in range(20)]
+    finally:
+        gc.enable()
+    assert len(kept) == 20
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+# Replacing broken images
+
+
+def grey(image):
+    return image.getpixel((0, 0))
+
+
+def partly_broken(root, broken, count=12):
+    """Evenly grey images, numbered through, of which some are broken."""
+    write_folder(root, {"a": count // 2, "b": count - count // 2}, plain)
+    for number in broken:
+        next(root.glob(f"*/{number:03d}.png")).write_bytes(b"")
+    return samples_of(root, "L", grey, replace=True)
+
+
+def test_another_sample_takes_a_broken_ones_place(tmp_path):
+    samples = partly_broken(tmp_path, {3})
+    for seed in range(30):
+        image, target, complaint = samples[3, seed]
+        assert image != 3
+        assert target == int(image >= 6)  # its own class, not that of the broken one
+        assert_complaint(complaint, f"{tmp_path}/a/003.png of class a")
+    assert len({samples[3, seed][0] for seed in range(30)}) > 5
+
+
+def test_the_seed_alone_chooses_the_replacement(tmp_path):
+    samples = partly_broken(tmp_path, {3})
+    wanted = [number_for(seed, "replacement", 0) % 12 for seed in range(20)]
+    for _ in range(2):
+        torch.manual_seed(99)
+        found = [samples[3, seed][0] for seed in range(20)]
+        assert [number for number, want in zip(found, wanted, strict=True) if want != 3 and number != want] == []
+        first = found
+    assert [samples[3, seed][0] for seed in range(20)] == first
+
+
+def test_a_replacement_that_is_broken_too_is_replaced(tmp_path):
+    broken = set(range(11))
+    samples = partly_broken(tmp_path, broken)
+    for seed in range(5):
+        assert samples[seed, seed][:2] == (11, 1)
+        assert_complaint(samples[seed, seed][2], f"{seed:03d}.png of class {'a' if seed < 6 else 'b'}")
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+def test_replacements_do_not_depend_on_the_number_of_workers(tmp_path):
+    samples = partly_broken(tmp_path, {1, 2, 5, 8})
+    keys = [(index, 100 + index) for index in range(12)]
+    given = [list(DataLoader(samples, sampler=keys, batch_size=None, num_workers=workers)) for workers in (0, 1, 2, 3)]
+    assert given[0] == given[1] == given[2] == given[3]
+    assert [index for index, (_, _, complaint) in enumerate(given[0]) if complaint] == [1, 2, 5, 8]
+    assert not {1, 2, 5, 8} & {image for image, _, _ in given[0]}
+
+
+def test_an_unseeded_sample_is_replaced_too(tmp_path):
+    samples = partly_broken(tmp_path, {3})
+    assert samples[3][0] != 3
+    assert samples[3] == samples[3]
+
+
+def test_a_replacement_is_augmented_as_the_seed_says(tmp_path):
+    write_folder(tmp_path, {"a": 4}, plain)
+    (tmp_path / "a" / "001.png").write_bytes(b"")
+    samples = samples_of(tmp_path, "L", lambda image: (grey(image), float(torch.rand(()))), replace=True)
+    (replaced, drawn_for_it), _, _ = samples[1, 7]
+    assert samples[replaced, 7][0] == (replaced, drawn_for_it)
+
+
+def test_data_of_which_nothing_can_be_read_is_an_error(tmp_path):
+    samples = partly_broken(tmp_path, set(range(12)))
+    with pytest.raises(BrokenDataError, match=r"000\.png of class a is broken .*is the data still there\?") as caught:
+        samples[0, 5]
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_vanished_is_an_error_that_names_it(tmp_path):
-    samples = samples_of(write_folder(tmp_path, {"a": 1}))
-    (tmp_path / "a" / "000.png").unlink()
-    with pytest.raises(UserError, match=r"000\.png is broken"):
-        samples[0]
+def test_good_images_are_read_once_and_never_replaced(tmp_path, monkeypatch):
+    samples = partly_broken(tmp_path, {3})
+    read = []
+    original = FolderSource.read
+    monkeypatch.setattr(FolderSource, "read", lambda self, index: (read.append(index), original(self, index))[1])
+    assert [samples[index, 5][0] for index in range(12) if index != 3] == [n for n in range(12) if n != 3]
+    assert read == [n for n in range(12) if n != 3]
 
 
 FORMS = {
@@ -192,14 +323,13 @@ FORMS = {
 def test_no_part_of_an_image_is_ever_given_out(form, share):
     whole = FORMS[form]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a" / f"x.{form.lower()}"
+        path = Path(folder) / "a" / "x.jpg"
         path.parent.mkdir()
         path.write_bytes(whole[: int(share * len(whole))])
-        try:
-            found, _ = samples_of(Path(folder))[0]
-        except UserError:
-            return
-    assert np.array_equal(found, pixels(Image.open(io.BytesIO(whole)).convert("RGB")))
+        found, _, complaint = samples_of(Path(folder))[0]
+    wanted = np.zeros((64, 64, 3)) if complaint else pixels(Image.open(io.BytesIO(whole)).convert("RGB"))
+    assert np.array_equal(found, wanted)
+    assert share < 1 or not complaint
 
 
 # Data sets by their names
@@ -217,7 +347,8 @@ def packed(tmp_path):
 def contents(source):
     """(class name, pixels) of all samples."""
     loaded = [ImageSamples(source, pixels, "RGB")[index] for index in range(len(source))]
-    return Counter((source.classes[target], image.tobytes()) for image, target in loaded)
+    assert not any(complaint for _, _, complaint in loaded)
+    return Counter((source.classes[target], image.tobytes()) for image, target, _ in loaded)
 
 
 @pytest.mark.parametrize("name", ["folder", "imagenet"])
@@ -246,10 +377,10 @@ def test_a_network_of_a_folder_scores_a_tar_file_by_the_names_of_the_classes(pac
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_tar_file_can_be_read_by_several_workers(packed, workers):
     source = open_split(configured(DATA__DATASET="tar", DATA__DATA_PATH=str(packed)), "train", is_training=True)
-    alone = [image.tobytes() for image, _ in (ImageSamples(source, pixels, "RGB")[i] for i in range(8))]
+    alone = [image.tobytes() for image, _, _ in (ImageSamples(source, pixels, "RGB")[i] for i in range(8))]
     fresh = open_split(configured(DATA__DATASET="tar", DATA__DATA_PATH=str(packed)), "train", is_training=True)
     loader = DataLoader(ImageSamples(fresh, pixels, "RGB"), batch_size=None, num_workers=workers)
-    assert [bytes(image.numpy()) for image, _ in loader] == alone
+    assert [bytes(image.numpy()) for image, _, _ in loader] == alone
 
 
 @pytest.mark.parametrize("name", ["tar", "torch/image_folder"])
@@ -258,8 +389,12 @@ def test_a_broken_image_of_timms_data_sets_is_named_too(tmp_path, name):
     (root / "a" / "001.png").write_bytes(FORMS["PNG"][:500])
     write_tar(tmp_path / "train.tar", root)
     source = open_split(configured(DATA__DATASET=name, DATA__DATA_PATH=str(tmp_path)), "train", is_training=True)
-    with pytest.raises(UserError, match=r"001\.png is broken"):
-        ImageSamples(source, pixels, "RGB")[1]
+    complaints = [ImageSamples(source, pixels, "RGB")[index][2] for index in range(2)]
+    assert complaints[0] == ""
+    assert_complaint(complaints[1], "001.png of class a")
+    replaced = ImageSamples(source, pixels, "RGB", replace=True)[1]
+    assert np.array_equal(replaced[0], pixels(noise(0)))
+    assert replaced[2] == complaints[1]
 
 
 @pytest.mark.parametrize("content", [b"no tar file" * 100, b""], ids=["text", "empty"])
@@ -375,12 +510,9 @@ def test_a_number_of_classes_that_does_not_fit_is_refused(key, classes):
 # Streams
 
 
-def stream_of(count, world, seed=None, transform=unchanged, mode="RGB"):
-    return ImageStream(IterableImageDataset("", reader=FakeReader(count, world)), transform, mode, world, seed)
-
-
-def grey(image):
-    return image.getpixel((0, 0))
+def stream_of(count, world, seed=None, transform=unchanged, mode="RGB", reader=FakeReader, **settings):
+    dataset = IterableImageDataset("", reader=reader(count, world))
+    return ImageStream(dataset, transform, mode, world, seed, **settings)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -391,11 +523,11 @@ def test_a_stream_scores_each_sample_on_exactly_one_rank(workers, ranks, count):
     for rank in range(ranks):
         stream = stream_of(count, World(rank, ranks, CPU), transform=grey, mode="L")
         seen += [tuple(sample) for sample in DataLoader(stream, batch_size=None, num_workers=workers)]
-    assert sorted(seen) == [(number, number % 3) for number in range(count)]
+    assert sorted(seen) == [(number, number % 3, "") for number in range(count)]
 
 
 def test_a_stream_tells_classes_and_epoch():
-    stream = stream_of(6, World(0, 1, CPU), seed=0)
+    stream = stream_of(6, ALONE, seed=0)
     assert stream.classes == ["a", "b", "c"]
     assert len(stream) == 6
     stream.set_epoch(4)
@@ -410,7 +542,7 @@ def drawn(seed=0, epoch=0, rank=0, workers=0):
     """The draws of a rank's epoch of 12 samples, which two ranks and then the workers share."""
     stream = stream_of(12, World(rank, 2, CPU), seed, draw, "L")
     stream.set_epoch(epoch)
-    return [values[:2] for values, _ in DataLoader(stream, batch_size=None, num_workers=workers)]
+    return [values[:2] for values, _, _ in DataLoader(stream, batch_size=None, num_workers=workers)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -432,20 +564,117 @@ def test_a_streams_augmentation_differs_by_seed_epoch_rank_worker_and_count(work
 
 
 def test_workers_that_outlive_an_epoch_see_the_next_one():
-    stream = stream_of(12, World(0, 1, CPU), 0, draw, "L")
+    stream = stream_of(12, ALONE, 0, draw, "L")
     loader = DataLoader(stream, batch_size=None, num_workers=2, persistent_workers=True)
     epochs = []
     for epoch in (0, 1, 0):
         stream.set_epoch(epoch)
-        epochs.append([values for values, _ in loader])
+        epochs.append([values for values, _, _ in loader])
     assert epochs[0] == epochs[2] != epochs[1]
 
 
-def test_a_broken_image_of_a_stream_is_a_users_error():
-    class Broken(FakeReader):
-        def __iter__(self):
-            yield Image.open(io.BytesIO(FORMS["JPEG"][:600])), 0
+def batches_of(stream, workers, size):
+    """The batches of a stream's epoch, of images as `draw` sees them."""
+    return list(DataLoader(stream, size, num_workers=workers, drop_last=True, collate_fn=list))
 
-    stream = ImageStream(IterableImageDataset("", reader=Broken(1)), unchanged, "RGB", World(0, 1, CPU), None)
-    with pytest.raises(UserError, match="broken"):
-        list(stream)
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_a_stream_skips_exactly_the_batches_before(workers):
+    stream = stream_of(12, ALONE, 0, draw, "L", batch_size=1)
+    stream.set_epoch(3)
+    whole = batches_of(stream, workers, 1)
+    assert sorted(number for [((_, _, number), _, _)] in whole) == list(range(12))
+    for first in range(0, 13, 3):
+        stream.set_epoch(3, first)
+        assert sorted(batches_of(stream, workers, 1)) == sorted(whole[first:]), first  # in any order, see below
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_a_stream_that_skips_gives_the_batches_of_the_rest(workers):
+    stream = stream_of(12, ALONE, 0, draw, "L", batch_size=2)
+    stream.set_epoch(3)
+    whole = batches_of(stream, workers, 2)
+    assert len(whole) == 6
+    for first in range(7):
+        stream.set_epoch(3, first)
+        rest = batches_of(stream, workers, 2)
+        assert sorted(rest) == sorted(whole[first:]), first
+        assert workers > 1 or rest == whole[first:], first
+
+
+def test_skipped_samples_of_a_stream_are_neither_decoded_nor_transformed():
+    decoded, transformed = [], []
+
+    class Counting(FakeReader):
+        def __iter__(self):
+            for image, target in super().__iter__():
+                yield Tracked(image), target
+
+    class Tracked:
+        """An image that notes when it is decoded."""
+
+        def __init__(self, image):
+            self._image = image
+            self.mode, self.info = image.mode, image.info
+
+        def convert(self, mode):
+            decoded.append(grey(self._image)[0])
+            return self._image.convert(mode)
+
+    def transform(image):
+        transformed.append(grey(image)[0])
+        return grey(image)
+
+    stream = stream_of(12, ALONE, 0, transform, reader=Counting, batch_size=4)
+    stream.set_epoch(0, 2)
+    assert len(list(stream)) == 4
+    assert decoded == transformed == [8, 9, 10, 11]
+
+
+def test_a_stream_that_skipped_gives_the_next_epoch_whole():
+    stream = stream_of(12, ALONE, 0, draw, "L", batch_size=2)
+    loader = DataLoader(stream, 2, num_workers=2, collate_fn=list, persistent_workers=True)
+    stream.set_epoch(0, 4)
+    assert len(list(loader)) == 2
+    stream.set_epoch(1)
+    assert len(list(loader)) == 6
+
+
+class PartlyBroken(FakeReader):
+    """Gives cut-off images for some numbers."""
+
+    broken = (0, 3, 4)
+
+    def __iter__(self):
+        for image, target in super().__iter__():
+            cut = Image.open(io.BytesIO(FORMS["JPEG"][:-200]))
+            yield (cut if grey(image)[0] in self.broken else image), target
+
+
+def test_a_broken_image_of_a_stream_is_a_complaint_on_a_blank():
+    stream = stream_of(6, ALONE, transform=pixels, mode="L", reader=PartlyBroken)
+    found = list(stream)
+    assert [target for _, target, _ in found] == [0, 1, 2, 0, 1, 2]
+    assert [bool(complaint) for _, _, complaint in found] == [True, False, False, True, True, False]
+    assert [int(image.max()) for image, _, _ in found] == [0, 1, 2, 0, 0, 5]
+    assert [image.shape for image, _, complaint in found if complaint] == [(64, 64)] * 3
+    assert re.fullmatch(r"an image of the stream is broken \(.+\)", found[0][2])
+
+
+def test_the_next_image_of_a_stream_takes_a_broken_ones_place():
+    stream = stream_of(7, ALONE, 0, grey, "L", reader=PartlyBroken, replace=True)
+    found = list(stream)
+    assert [sample[:2] for sample in found] == [(1, 1), (2, 2), (5, 2), (6, 0)]
+    assert [bool(complaint) for _, _, complaint in found] == [True, False, True, False]
+
+
+def test_a_stream_that_cannot_be_read_on_is_an_error():
+    class Torn(FakeReader):
+        def __iter__(self):
+            yield plain(0), 0
+            raise OSError("unexpected end of data")
+
+    with pytest.raises(BrokenDataError, match=r"the stream is broken \(unexpected end of data\)"):
+        list(stream_of(3, ALONE, reader=Torn))

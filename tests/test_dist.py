@@ -1,21 +1,44 @@
 """Rank, world and device, alone and with a second process."""
 
-import json
+import copy
+import itertools
+import math
 import os
-import socket
-import subprocess
-import sys
+import signal
+import time
 
 import pytest
 import torch
-from helpers_unit import ALONE, ROOT, batches, plain_training, small_network, train, training_of
+from helpers_unit import (
+    ALONE,
+    batches,
+    fine,
+    plain_training,
+    said_by,
+    small_network,
+    start_ranks,
+    train,
+    training_of,
+)
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from utils.dist import World, barrier, broadcast_buffers, choose_device, same_on_all_ranks, sum_over_ranks, world
-from utils.engine import evaluate
-from utils.errors import UserError
+from utils.dist import (
+    World,
+    any_rank,
+    broadcast_buffers,
+    choose_device,
+    gather,
+    gather_objects,
+    sum_over_ranks,
+    together,
+    world,
+)
+from utils.engine import Watch, evaluate, train_one_epoch
+from utils.errors import BrokenDataError, LostRankError, NotFiniteError, Stopped, UserError
 from utils.optim import Precision
 
+FP32 = Precision("fp32", "cpu")
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -54,9 +77,59 @@ def test_alone_nothing_is_exchanged():
     assert values.tolist() == [1, 2]
     norm = nn.BatchNorm2d(2)
     broadcast_buffers(norm)
-    barrier()
-    assert same_on_all_ranks(3, torch.device("cpu"))
     assert norm.running_var.tolist() == [1, 1]
+    assert gather(torch.tensor([1.0, math.nan])).isnan().tolist() == [[False, True]]
+    assert [any_rank(flag, torch.device("cpu")) for flag in (False, True)] == [False, True]
+    assert gather_objects({"a": 1}) == [{"a": 1}]
+
+
+def test_alone_what_fails_is_raised_as_it_is():
+    error = BrokenDataError("a.png is broken")
+    with pytest.raises(BrokenDataError) as caught, together():
+        raise error
+    assert caught.value is error
+    with together():
+        pass
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """Fails with an error in a group of two that was never formed."""
+    for name, value in zip(NAMES, ("1", "2", "1", "2"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *arguments, **settings: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr("utils.dist._fresh_store", lambda *arguments: None)
+
+    def fail_with(error):
+        with world("cpu", 30):
+            raise error
+
+    return fail_with
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), UserError("disk full"), KeyError("x")])
+def test_an_error_that_no_lost_rank_makes_passes_as_it_is(fail, error):
+    with pytest.raises(type(error)) as caught:
+        fail(error)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (
+            RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:12"),
+            "Connection closed by",
+        ),
+        (RuntimeError("[/x/gloo/tcp.cc:84] Timed out waiting 6000ms for recv. Look above\nTrace"), "Timed out w"),
+        (torch.distributed.DistBackendError("NCCL error\nat 0x1"), "NCCL error"),
+    ],
+)
+def test_an_error_that_a_lost_rank_makes_says_so_in_one_line(fail, error, why):
+    with pytest.raises(LostRankError, match=rf"^rank 1 lost another rank, .* for 30 s \({why}[^.]*\): see") as caught:
+        fail(error)
+    assert "\n" not in str(caught.value)
 
 
 def test_only_rank_0_is_the_main_one():
@@ -93,76 +166,160 @@ def test_more_processes_than_gpus_are_an_error(monkeypatch, name):
 
 # Two processes
 
-PROGRAM = """
-import json, sys, torch
-from helpers_unit import batches, plain_training, small_network, train, training_of
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from utils.dist import barrier, broadcast_buffers, same_on_all_ranks, sum_over_ranks, world
-from utils.engine import evaluate
-from utils.errors import UserError
-from utils.optim import Precision
 
-seen = {}
-with world("cpu") as here:
-    seen["world"] = [here.rank, here.size, here.local_size, here.device.type, here.is_main]
-    seen["sum"] = sum_over_ranks(torch.tensor([here.rank + 1, 10])).tolist()
-    numbers = (7, 0, here.rank, -here.rank, 5 - here.rank)
-    seen["same"] = [same_on_all_ranks(number, here.device) for number in numbers]
-    norm = nn.BatchNorm1d(2)
-    norm.running_mean.fill_(here.rank + 5)
-    broadcast_buffers(norm)
-    seen["buffers"] = norm.running_mean.tolist()
+class Told(Watch):
+    """Gives this rank's alarms, one for each update, and notes what it is told."""
+
+    def __init__(self, alarms=()):
+        self._alarms, self.told = iter(alarms), []
+
+    def alarm(self):
+        return next(self._alarms, (0, False))
+
+    def on_broken(self, complaints):
+        self.told.append(complaints)
+
+    def on_update(self, signal, failed):
+        self.told.append([signal, failed])
+
+
+def meet():
+    """What a process sees of another one."""
+    with world("cpu", 60) as here:
+        seen = {
+            "world": [here.rank, here.size, here.local_size, here.device.type, here.is_main],
+            "sum": sum_over_ranks(torch.tensor([here.rank + 1, 10])).tolist(),
+            "gather": gather(torch.tensor([here.rank, 5.0 if here.rank == 0 else math.nan])).tolist(),
+            "any": [any_rank(flag, here.device) for flag in (True, False, here.rank == 0, here.rank == 1)],
+            "objects": gather_objects({"rank": here.rank, "text": "x" * here.rank}),
+            "together": [fail_together(here, failing) for failing in ((), (0,), (1,), (0, 1), ())],
+            "score": score_shares(here),
+            "stops": stop_evaluations(here),
+            "complaints": meet_broken_images(here),
+            "alarms": raise_alarms(here),
+            "lost": lose_a_loss(here),
+            "left_out": leave_out_an_update(here),
+        }
+        norm = nn.BatchNorm1d(2)
+        norm.running_mean.fill_(here.rank + 5)
+        broadcast_buffers(norm)
+        seen["buffers"] = norm.running_mean.tolist()
+        seen |= train_shares(here)
+    seen["left"] = not torch.distributed.is_initialized()
+    return seen
+
+
+def fail_together(here, failing):
+    try:
+        with together():
+            if here.rank in failing:
+                raise BrokenDataError(f"rank {here.rank} has no disk")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def score_shares(here):
     data = batches(5, 4)
-    score = evaluate(small_network(), data[:4] if here.rank == 0 else data[4:], here, Precision("fp32", "cpu"))
-    seen["score"] = [score.images, score.correct1, score.correct5, score.loss]
+    share = data[:4] if here.rank == 0 else data[4:]
+    score = evaluate(small_network(), share, here, FP32, images=20, rounds=1)
+    return [score.images, score.correct1, score.correct5, score.loss]
 
+
+def stop_evaluations(here):
+    """How evaluations end where one rank must stop, at its first batch or its last."""
+    cases = itertools.product(range(2), (0, 2), ("first", "last"), ("broken", "asked"))
+    return {" ".join(map(str, case)): stop_evaluation(here, *case) for case in cases}
+
+
+def stop_evaluation(here, rank, rounds, at, why):
+    """How an evaluation of 3 batches on rank 0 and 2 on rank 1 ends, and how many batches this rank scored."""
+    count, scored, network = 3 - here.rank, [], small_network()
+    data, number = batches(count, 4), 0 if at == "first" else count - 1
+    asked, stops = itertools.count(), here.rank == rank
+    if stops and why == "broken":
+        data[number] = (*data[number][:2], ["", "a.png is broken", "", ""])
+    network.register_forward_hook(lambda module, inputs, output: scored.append(None))
+    signals = (lambda: 15 * (next(asked) >= number)) if stops and why == "asked" else int
+    try:
+        evaluate(network, data, here, FP32, rounds=rounds, asked_to_stop=signals)
+    except (BrokenDataError, Stopped) as error:
+        return [str(error), len(scored)]
+
+
+def meet_broken_images(here):
+    """What a watch is told when rank 1 meets a broken image, and what the default one makes of it."""
+    data = batches(2, 4)
+    if here.rank == 1:
+        data[1] = (*data[1][:2], ["a.png", "b.png", "", ""])
+    watch, network = Told(), small_network()
+    train_one_epoch(in_ddp(network, 2, here), data, 10, watch)
+    network = small_network()
+    training = in_ddp(network, 2, here)
+    try:
+        train_one_epoch(training, data, 10, Watch())
+    except BrokenDataError as error:
+        return [watch.told, str(error), training.progress.updates]
+
+
+def raise_alarms(here):
+    alarms = [(15, False), (0, False), (0, False)] if here.rank == 1 else [(0, False), (0, True), (0, False)]
+    watch = Told(alarms)
+    train_one_epoch(in_ddp(small_network(), 3, here), batches(3, 4), 10, watch)
+    return watch.told
+
+
+def losing_on_rank_1(here, at):
+    calls = itertools.count()
+    return lambda x, y: nn.functional.cross_entropy(x, y) + (math.nan if next(calls) == at and here.rank == 1 else 0)
+
+
+def lose_a_loss(here):
+    """What ends a run in which rank 1's loss is no number, and what is left of it."""
+    network = small_network()
+    training = in_ddp(network, 2, here, criterion=losing_on_rank_1(here, 1))
+    states = []
+    watch = Told()
+    watch.on_update = lambda signal, failed: states.append(copy.deepcopy(network.state_dict()))
+    try:
+        train_one_epoch(training, batches(2, 4), 10, watch)
+    except NotFiniteError as error:
+        kept = all(torch.equal(value, states[0][name]) for name, value in network.state_dict().items())
+        return [str(error), list(map(math.isfinite, error.losses)), kept, training.progress.updates]
+
+
+def leave_out_an_update(here):
+    training = in_ddp(
+        small_network(), 3, here, criterion=losing_on_rank_1(here, 1), scaler=torch.amp.GradScaler("cpu")
+    )  # fmt: skip
+    train_one_epoch(training, batches(3, 4), 10, Watch())
+    progress = training.progress
+    return [progress.place, progress.updates, progress.left_out, training.network[1].weight.flatten().tolist()]
+
+
+def in_ddp(network, steps, here, config=None, **others):
+    return training_of(network, steps, config, world=here, model=DistributedDataParallel(network), **others)
+
+
+def train_shares(here):
     network, config = small_network(), plain_training(TRAIN__ACCUMULATION_STEPS=2, DATA__BATCH_SIZE=2)
-    share = [(images[here.rank :: 2], targets[here.rank :: 2]) for images, targets in data]
-    training = training_of(network, 5, config, world=here, model=DistributedDataParallel(network))
+    share = fine((images[here.rank :: 2], targets[here.rank :: 2]) for images, targets, _ in batches(5, 4))
+    training = in_ddp(network, 5, here, config)
     for group in training.optimizer.param_groups:
         group["initial_lr"] = 0.02
     training.scheduler.base_values = [0.02 for _ in training.scheduler.base_values]
     reports = train(training, share)
-    seen["loss"] = [report.loss for report in reports]
-    seen["grad_norm"] = [report.grad_norm for report in reports]
-    seen["weights"] = [parameter.flatten().tolist() for parameter in network.parameters()]
-
-    criterion = nn.CrossEntropyLoss()
-    lost = lambda x, y: criterion(x, y) * (float("nan") if here.rank == 1 else 1.0)
-    network = small_network()
-    try:
-        train(training_of(network, 2, world=here, model=DistributedDataParallel(network), criterion=lost), data[:2])
-    except UserError as error:
-        seen["error"] = str(error)
-    barrier()
-seen["left"] = not torch.distributed.is_initialized()
-json.dump(seen, open(sys.argv[1], "w"))
-"""
+    return {
+        "loss": [report.loss for report in reports],
+        "grad_norm": [report.grad_norm for report in reports],
+        "weights": [parameter.flatten().tolist() for parameter in network.parameters()],
+    }
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair():
     """What two processes saw of each other."""
-    folder = tmp_path_factory.mktemp("pair")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    fixed = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    fixed |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder / f"{rank}.json")],
-            env={**os.environ, **fixed, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return [said_by(process) for process in start_ranks("test_dist", "meet")]
 
 
 @pytest.mark.slow
@@ -177,8 +334,23 @@ def test_sums_reach_all_ranks(pair):
 
 
 @pytest.mark.slow
-def test_all_ranks_learn_whether_they_agree(pair):
-    assert [seen["same"] for seen in pair] == [[True, True, False, False, False]] * 2
+def test_what_is_gathered_stands_in_the_order_of_the_ranks_and_may_be_no_number(pair):
+    for seen in pair:
+        assert seen["gather"][0] == [0, 5]
+        assert seen["gather"][1][0] == 1
+        assert math.isnan(seen["gather"][1][1])
+        assert seen["objects"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "x"}]
+
+
+@pytest.mark.slow
+def test_a_flag_of_any_rank_is_known_to_all(pair):
+    assert [seen["any"] for seen in pair] == [[True, False, True, True]] * 2
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_rank_fails_on_all(pair):
+    of_0, of_1 = "rank 0 has no disk", "rank 1 has no disk"
+    assert [seen["together"] for seen in pair] == [[None, of_0, of_1, of_0, None]] * 2
 
 
 @pytest.mark.slow
@@ -188,7 +360,7 @@ def test_buffers_are_rank_0s_everywhere(pair):
 
 @pytest.mark.slow
 def test_a_score_does_not_depend_on_who_scored_what(pair):
-    alone = evaluate(small_network(), batches(5, 4), ALONE, Precision("fp32", "cpu"))
+    alone = evaluate(small_network(), batches(5, 4), ALONE, FP32)
     for seen in pair:
         assert seen["score"][:3] == [alone.images, alone.correct1, alone.correct5]
         assert seen["score"][3] == pytest.approx(alone.loss, rel=1e-6)
@@ -197,7 +369,7 @@ def test_a_score_does_not_depend_on_who_scored_what(pair):
 @pytest.mark.slow
 def test_two_ranks_with_accumulation_train_as_one_with_whole_batches(pair):
     data = batches(5, 4)
-    joined = [tuple(map(torch.cat, zip(*data[start : start + 2], strict=True))) for start in (0, 2, 4)]
+    joined = fine(tuple(torch.cat([batch[i] for batch in data[at : at + 2]]) for i in (0, 1)) for at in (0, 2, 4))
     network = small_network()
     training = training_of(network, 3, plain_training())
     training.scheduler.base_values = [0.02 for _ in training.scheduler.base_values]
@@ -210,5 +382,99 @@ def test_two_ranks_with_accumulation_train_as_one_with_whole_batches(pair):
 
 
 @pytest.mark.slow
-def test_a_loss_that_one_rank_lost_ends_all_of_them(pair):
-    assert all("the loss became nan" in seen["error"] for seen in pair)
+def test_a_loss_that_is_no_number_on_one_rank_is_seen_by_all_before_the_update(pair):
+    message = "the loss became nan on rank 1 at update 2 of epoch 0"
+    assert [seen["lost"] for seen in pair] == [[message, [True, False], True, 1]] * 2
+
+
+@pytest.mark.slow
+def test_under_a_loss_scaler_all_ranks_leave_out_an_update_that_one_lost(pair):
+    assert pair[0]["left_out"][:3] == [3, 2, 1]
+    assert pair[0]["left_out"] == pair[1]["left_out"]
+
+
+@pytest.mark.slow
+def test_complaints_of_one_rank_are_told_on_all_before_the_update(pair):
+    assert [seen["complaints"] for seen in pair] == [[[[0, False], ["a.png", "b.png"], [0, False]], "a.png", 1]] * 2
+
+
+@pytest.mark.slow
+def test_alarms_of_any_rank_are_told_on_all(pair):
+    assert [seen["alarms"] for seen in pair] == [[[15, False], [0, True], [0, False]]] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("why", "message"), [("broken", "a.png is broken: mend or remove it"), ("asked", "stopped by signal 15")]
+)
+def test_an_evaluation_that_one_rank_must_end_ends_on_all_at_the_same_batch(pair, rank, why, message):
+    assert [seen["stops"][f"{rank} 2 first {why}"] for seen in pair] == [[message, 0]] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rounds", [0, 2])
+@pytest.mark.parametrize("why", ["broken", "asked"])
+def test_an_evaluation_that_one_rank_must_end_late_ends_on_all(pair, rank, rounds, why):
+    message = {"broken": "a.png is broken: mend or remove it", "asked": "stopped by signal 15"}[why]
+    assert [seen["stops"][f"{rank} {rounds} last {why}"][0] for seen in pair] == [message] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_where_no_rounds_are_known_an_evaluation_ends_after_the_last_batch(pair, rank):
+    assert [seen["stops"][f"{rank} 0 first asked"] for seen in pair] == [
+        ["stopped by signal 15", 3],
+        ["stopped by signal 15", 2],
+    ]
+
+
+# A rank that is lost
+
+
+def lose(how, lost, timeout, where):
+    """Loses a rank; gives what the other one says at its next exchange, and after how many seconds."""
+    try:
+        with world("cpu", float(timeout)) as here:
+            gather(torch.zeros(1))
+            training = in_ddp(small_network(), 2, here)
+            since = time.monotonic()
+            if here.rank == int(lost):
+                os.kill(os.getpid(), {"dies": signal.SIGKILL, "hangs": signal.SIGSTOP}[how])
+            exchange_in(where, training)
+    except LostRankError as error:
+        return [str(error), time.monotonic() - since]
+
+
+def exchange_in(where, training):
+    if where == "training":
+        train_one_epoch(training, batches(2, 4), 10, Watch())
+    elif where == "evaluation":
+        evaluate(small_network(), batches(2, 4), training.world, FP32, rounds=2)
+    with together():
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "lost", "timeout", "where"),
+    [("dies", 0, 60, "training"), ("dies", 1, 60, "evaluation"), ("hangs", 0, 5, "training"), ("hangs", 1, 5, "words")],
+)
+def test_the_other_rank_ends_in_one_line_when_one(how, lost, timeout, where):
+    processes = start_ranks("test_dist", "lose", how, lost, timeout, where)
+    try:
+        said, seconds = said_by(processes[1 - lost])
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert said.startswith(f"rank {1 - lost} lost another rank, which died or did not answer for {timeout} s (")
+    assert said.endswith("): see what that rank said, then start the same command again")
+    assert "\n" not in said
+    assert ".cc" not in said
+    assert len(said) < 250
+    if how == "hangs":
+        assert timeout - 1 <= seconds <= 2 * timeout
+    else:
+        assert seconds < timeout / 2

@@ -1,15 +1,20 @@
 """One epoch of training and one evaluation, against literal forms of both."""
 
 import contextlib
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers_unit import (
     ALONE,
     CPU,
+    all_of,
     batches,
     configured,
+    equal,
+    fine,
     plain_training,
     small_network,
     train,
@@ -20,9 +25,9 @@ from torch import nn
 from data.build import build_mixup
 from models import GroupMixFormer
 from utils.dist import World
-from utils.engine import evaluate, train_one_epoch
-from utils.errors import UserError
-from utils.optim import Precision
+from utils.engine import Watch, evaluate, train_one_epoch
+from utils.errors import BrokenDataError, NotFiniteError, Stopped, UserError
+from utils.optim import Precision, Steps
 from utils.seeding import seed_everything
 
 FP32 = Precision("fp32", "cpu")
@@ -32,20 +37,14 @@ def weights_of(network):
     return [parameter.detach().clone() for parameter in network.parameters()]
 
 
-def equal(first, second):
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(equal, first, second))
-    return first == second
-
-
 def joined(micro_batches, count):
     """The same data in micro-batches `count` times as large, the last one perhaps smaller."""
     parts = [micro_batches[start : start + count] for start in range(0, len(micro_batches), count)]
-    return [tuple(map(torch.cat, zip(*part, strict=True))) for part in parts]
+    return fine(tuple(torch.cat([batch[i] for batch in part]) for i in range(2)) for part in parts)
+
+
+def in_single(micro_batches):
+    return fine((images.float(), targets) for images, targets, _ in micro_batches)
 
 
 def gradient_norm(network, images, targets):
@@ -104,7 +103,7 @@ def sgd_step(clip, accumulation=1, lr=0.1):
     """A step of plain gradient descent on a batch; the report, the weights' change, and the gradients."""
     network, data = small_network(), batches(accumulation, 4)
     before = weights_of(network)
-    images, targets = joined(data, accumulation)[0]
+    images, targets, _ = joined(data, accumulation)[0]
     gradients = torch.autograd.grad(
         nn.functional.cross_entropy(network(images), targets), list(network.parameters()), materialize_grads=True
     )
@@ -184,7 +183,7 @@ def test_the_moving_average_copies_first_and_then_decays_once_an_update(accumula
             average[name] = decayed if report.update > 1 else value
 
     for epoch in range(2):
-        train_one_epoch(training, batches(6, 4), epoch, 1, follow)
+        train(training, batches(6, 4), epoch, follow=follow)
     found = training.ema.module.state_dict()
     assert set(found) == set(average)
     for name, value in found.items():
@@ -267,72 +266,324 @@ def image_training(state=None):
         network.load_state_dict(state["model"])
         training.optimizer.load_state_dict(state["optimizer"])
         training.ema.module.load_state_dict(state["ema"])
+        training.progress.load_state_dict(state["progress"])
     return training
 
 
 def image_batches(epoch):
     generator = torch.Generator().manual_seed(epoch)
-    return [
+    return fine(
         (torch.randn(4, 3, 64, 64, generator=generator), torch.randint(3, (4,), generator=generator)) for _ in range(5)
-    ]
+    )
 
 
-def state_of(training, tmp_path):
-    """All that has to be saved, as it comes back from a file."""
-    state = {"model": training.network.state_dict(), "optimizer": training.optimizer.state_dict()}
-    torch.save({**state, "ema": training.ema.module.state_dict()}, tmp_path / "state.pth")
-    return torch.load(tmp_path / "state.pth", weights_only=True)
+class Diary(Watch):
+    """Keeps, for each update, all that has to be saved after it, and its numbers as hex floats."""
+
+    def __init__(self, training):
+        self.training, self.states, self.numbers, self.report = training, [], [], None
+
+    def on_report(self, report):
+        self.report = report.update, report.loss.hex(), report.grad_norm.hex(), report.lr.hex()
+
+    def on_update(self, signal, failed):
+        self.states.append(all_of(self.training))
+        progress = self.training.progress
+        window = progress.window.updates, progress.window.loss.hex(), progress.window.grad_norm.hex()
+        self.numbers.append((progress.epoch, progress.place, self.report, window))
+        self.report = None
 
 
-def test_a_run_gone_on_with_is_the_undisturbed_run_bit_for_bit(tmp_path):
-    undisturbed = image_training()
-    reports = train(undisturbed, image_batches(0))
-    saved = state_of(undisturbed, tmp_path)
-    reports += train(undisturbed, image_batches(1), 1)
-    wanted = state_of(undisturbed, tmp_path)
-    resumed = image_training(saved)
+def to_the_end(training):
+    """Trains to the end of the run as train.py does, with a report every two updates; what was noted on the way."""
+    diary, steps = Diary(training), training.steps
+    while training.progress.epoch < steps.epochs:
+        left = image_batches(training.progress.epoch)[training.progress.place * steps.accumulation :]
+        train_one_epoch(training, left, 2, diary)
+        training.progress.end_epoch()
+    return diary
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    return to_the_end(image_training())
+
+
+@pytest.mark.parametrize("update", range(1, 6))
+def test_a_run_gone_on_with_after_any_update_is_the_undisturbed_run_bit_for_bit(undisturbed, update, tmp_path):
+    torch.save(undisturbed.states[update - 1], tmp_path / "state.pth")
+    resumed = image_training(torch.load(tmp_path / "state.pth", weights_only=True))
     torch.rand(5)
-    again = train(resumed, image_batches(1), 1)
-    assert [(r.update, r.loss, r.grad_norm, r.lr) for r in again] == [
-        (r.update, r.loss, r.grad_norm, r.lr) for r in reports[3:]
-    ]
-    found = state_of(resumed, tmp_path)
-    assert equal(found, wanted)
-    assert not equal(found["model"], saved["model"])
+    diary = to_the_end(resumed)
+    assert diary.numbers == undisturbed.numbers[update:]
+    assert equal(diary.states, undisturbed.states[update:])
+
+
+def test_the_undisturbed_run_has_a_window_open_inside_each_epoch_and_never_stands_still(undisturbed):
+    assert [(place, bool(report), window[0]) for _, place, report, window in undisturbed.numbers] == [
+        (1, False, 1), (2, True, 0), (3, True, 0), (1, False, 1), (2, True, 0), (3, True, 0),
+    ]  # fmt: skip
+    for name in ("model", "ema", "optimizer"):
+        states = [state[name] for state in undisturbed.states]
+        assert not any(equal(one, next_one) for one, next_one in itertools.pairwise(states))
 
 
 # What cannot go on
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("step", [0, 1, 3])
-def test_a_loss_that_is_no_number_ends_the_run(value, step):
-    data = batches(4, 4)
-    calls = []
+def losing(calls_lost, value=math.nan):
+    """A loss that is no number in some of its calls, numbered from 0."""
+    calls = itertools.count()
+    return lambda x, y: nn.functional.cross_entropy(x, y) + (value if next(calls) in calls_lost else 0)
+
+
+def losing_gradients(calls_lost):
+    """A loss that is a number, but whose gradient is none in some of its calls."""
+    calls = itertools.count()
 
     def criterion(logits, targets):
-        calls.append(None)
-        return nn.functional.cross_entropy(logits, targets) + (value if len(calls) == step + 1 else 0)
+        lost = (logits * 0).sum().abs().sqrt() if next(calls) in calls_lost else 0  # is 0, its gradient no number
+        return nn.functional.cross_entropy(logits, targets) + lost
 
-    training = training_of(small_network(), 4, criterion=criterion)
-    with pytest.raises(UserError, match="the loss became") as caught:
-        train(training, data, every=2)
-    assert "epoch 0" in str(caught.value)
-    assert "TRAIN.BASE_LR" in str(caught.value)
+    return criterion
+
+
+def losing_training(criterion, steps=6, **others):
+    """Two micro-batches an update, a moving average, and a loss that spoils some updates."""
+    config = plain_training(TRAIN__ACCUMULATION_STEPS=2, TRAIN__EMA_DECAY=0.5)
+    return training_of(small_network(), steps, config, criterion=criterion, **others)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_loss_that_is_no_number_is_seen_before_its_update(value, step):
+    training = losing_training(losing({step}, value))
+    diary = Diary(training)
+    with pytest.raises(NotFiniteError, match=f"the loss became {value} on rank 0 at update 2 of epoch 0") as caught:
+        train_one_epoch(training, batches(6, 4), 10, diary)
+    assert "\n" not in str(caught.value)
+    assert len(diary.states) == 1
+    assert equal(all_of(training), diary.states[0])
+    assert not math.isfinite(caught.value.losses[0])
+
+
+def test_gradients_that_are_no_numbers_are_seen_before_their_update():
+    training = losing_training(losing_gradients({2}))
+    diary = Diary(training)
+    with pytest.raises(NotFiniteError, match="the norm of the gradients became nan at update 2 of epoch 0") as caught:
+        train_one_epoch(training, batches(6, 4), 10, diary)
+    assert equal(all_of(training), diary.states[0])
+    assert math.isfinite(caught.value.losses[0])
+    assert math.isnan(caught.value.grad_norm)
+
+
+def test_training_can_go_on_after_an_update_that_was_not_taken():
+    training = losing_training(losing_gradients({2}))
+    with pytest.raises(NotFiniteError):
+        train_one_epoch(training, batches(6, 4), 10, Watch())
+    train_one_epoch(training, batches(6, 4)[2:], 10, Watch())
+    unharmed = losing_training(losing_gradients(()))
+    train_one_epoch(unharmed, batches(6, 4), 10, Watch())
+    assert equal(all_of(training), all_of(unharmed))
+
+
+# Updates that are left out
+
+
+def scaler():
+    """A loss scaler whose powers of two change no bits of what fits double precision."""
+    return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=10**6)
+
+
+def without(lost):
+    """The training that never had some of its six updates, which others are scheduled as."""
+    whole = losing_training(losing(()), steps=12, scaler=scaler())
+    data = [batch for place in range(6) if place not in lost for batch in batches(12, 4)[2 * place : 2 * place + 2]]
+    training = replace(whole, steps=Steps(len(data), 2, whole.steps.epochs))
+    train_one_epoch(training, data, 10, Watch())
+    return training
+
+
+LOSSES_OF_UPDATES_2_3_AND_5 = {2, 5, 8, 9}
+
+
+@pytest.mark.parametrize("spoil", [losing, losing_gradients])
+def test_under_a_loss_scaler_updates_that_are_no_numbers_are_left_out_and_the_rest_is_as_without_them(spoil):
+    training = losing_training(spoil(LOSSES_OF_UPDATES_2_3_AND_5), steps=12, scaler=scaler())
+    diary = Diary(training)
+    train_one_epoch(training, batches(12, 4), 10, diary)
+    counts = [(p["place"], p["updates"], p["left_out"], p["left_out_in_row"]) for p in progress_of(diary)]
+    assert counts == [(1, 1, 0, 0), (2, 1, 1, 1), (3, 1, 2, 2), (4, 2, 2, 0), (5, 2, 3, 1), (6, 3, 3, 0)]
+    wanted = all_of(without({1, 2, 4}))
+    for part in ("model", "ema", "optimizer"):
+        assert equal(all_of(training)[part], wanted[part])
+
+
+def progress_of(diary):
+    return [state["progress"] for state in diary.states]
+
+
+def test_an_update_that_is_left_out_changes_nothing_but_the_scale():
+    training = losing_training(losing_gradients({2}), scaler=scaler())
+    diary = Diary(training)
+    train_one_epoch(training, batches(6, 4), 10, diary)
+    before, after = diary.states[:2]
+    assert all(equal(before[part], after[part]) for part in ("model", "ema", "optimizer"))
+    assert (before["scaler"]["scale"], after["scaler"]["scale"]) == (1024.0, 512.0)
+
+
+def test_the_schedule_counts_only_updates_that_are_taken():
+    updates = []
+
+    class Recorder:
+        def step_update(self, update):
+            updates.append(update)
+
+    train_one_epoch(
+        losing_training(losing(LOSSES_OF_UPDATES_2_3_AND_5), steps=12, scaler=scaler(), scheduler=Recorder()),
+        batches(12, 4), 10, Watch(),
+    )  # fmt: skip
+    assert list(dict.fromkeys(updates)) == [0, 1, 2]
+
+
+def test_too_many_updates_left_out_in_a_row_end_the_run_and_a_good_one_begins_a_new_row():
+    training = losing_training(losing({0, 2, 6, 8}), steps=12, scaler=scaler(), most_left_out=3)
+    train_one_epoch(training, batches(12, 4), 10, Watch())
+    assert training.progress.left_out == 4
+    training = losing_training(losing({0, 4, 6, 8}), steps=12, scaler=scaler(), most_left_out=3)
+    with pytest.raises(UserError, match="at update 5 of epoch 0, and 3 updates in a row were left out: ") as caught:
+        train_one_epoch(training, batches(12, 4), 10, Watch())
+    assert not isinstance(caught.value, NotFiniteError)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("step", [0, 3])
-def test_gradients_that_are_no_numbers_never_leave_an_epoch_unnoticed(step):
-    calls = []
+def test_a_row_of_updates_left_out_goes_on_in_a_resumed_run():
+    training = losing_training(losing({2, 4}), scaler=scaler(), most_left_out=3)
+    train_one_epoch(training, batches(6, 4), 10, Watch())
+    resumed = losing_training(losing({0}), scaler=scaler(), most_left_out=3)
+    resumed.progress.load_state_dict(training.progress.state_dict())
+    resumed.progress.end_epoch()
+    with pytest.raises(UserError, match="at update 1 of epoch 1, and 3 updates in a row"):
+        train_one_epoch(resumed, batches(6, 4), 10, Watch())
 
-    def criterion(logits, targets):
-        calls.append(None)
-        lost = (logits * 0).sum().abs().sqrt() if len(calls) == step + 1 else 0  # is 0, its gradient no number
-        return nn.functional.cross_entropy(logits, targets) + lost
 
-    with pytest.raises(UserError):
-        train(training_of(small_network(), 4, criterion=criterion), batches(4, 4), every=10)
+def test_a_report_tells_of_updates_left_out_and_averages_the_others():
+    data = batches(4, 4)
+    plain = train(training_of(small_network(), 1), data[:1])
+    training = training_of(small_network(), 4, criterion=losing({1, 2, 3}), scaler=scaler())
+    first, second = train(training, data, every=2)
+    assert (first.loss, first.left_out, first.update) == (plain[0].loss, 1, 2)
+    assert math.isnan(second.loss)
+    assert math.isnan(second.grad_norm)
+    assert (second.left_out, second.update) == (3, 4)
+
+
+def test_a_forward_pass_that_overflows_leaves_no_running_statistics_that_are_no_numbers():
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3)).double()
+    data = batches(3, 4)
+    data[1] = (data[1][0] * math.inf, *data[1][1:])
+    try:
+        train(training_of(network, 3, scaler=scaler()), data)
+    except UserError:
+        return
+    assert all(buffer.isfinite().all() for buffer in network.buffers())
+
+
+@pytest.mark.parametrize("places", [{0}, {1, 2, 4}, {5}])
+def test_places_to_skip_are_passed_over_and_the_rest_is_as_without_them(places):
+    training = losing_training(losing(()), steps=12, scaler=scaler())
+    training.progress.skip = [(0, place) for place in places] + [(1, 3)]
+    diary = Diary(training)
+    train_one_epoch(training, batches(12, 4), 10, diary)
+    assert len(diary.states) == 6
+    progress = training.progress
+    assert (progress.place, progress.updates, progress.left_out) == (6, 6 - len(places), len(places))
+    wanted = all_of(without(places))
+    assert all(equal(all_of(training)[part], wanted[part]) for part in ("model", "ema", "optimizer"))
+
+
+def test_a_place_that_is_skipped_takes_no_randomness_from_the_others():
+    config = plain_training(TRAIN__ACCUMULATION_STEPS=2)
+    network = Draws()
+    training = training_of(network, 6, config)
+    training.progress.skip = [(0, 1)]
+    train(training, batches(6, 4))
+    whole = draws(accumulation=2, steps=6)
+    assert network.seen == whole[:2] + whole[4:]
+
+
+def test_the_images_of_a_skipped_place_are_not_looked_at():
+    training = training_of(small_network(), 3)
+    training.progress.skip = [(0, 1)]
+    data = batches(3, 4)
+    data[1] = (data[1][0] * math.nan, data[1][1], ["a.png is broken", "", "", ""])
+    train(training, data)
+    assert training.progress.updates == 2
+
+
+# What the loop tells, and asks
+
+
+class Alarmed(Watch):
+    """Notes what it is told, and gives alarms, one for each update."""
+
+    def __init__(self, training, alarms=(), broken_stop=False):
+        self.training, self.alarms, self.told = training, iter(alarms), []
+        self.broken_stop = broken_stop
+
+    def alarm(self):
+        return next(self.alarms, (0, False))
+
+    def on_broken(self, complaints):
+        self.told.append((self.training.progress.place, complaints))
+
+    def on_update(self, signal, failed):
+        self.told.append((self.training.progress.place, signal, failed))
+
+
+def with_complaints(micro_batches, **complaints):
+    """The same data, with complaints about the first images of some micro-batches: batch_1=["...", "..."]."""
+    data = list(micro_batches)
+    for name, texts in complaints.items():
+        number = int(name.removeprefix("batch_"))
+        images, targets, _ = data[number]
+        data[number] = images, targets, [*texts, *[""] * (len(targets) - len(texts))]
+    return data
+
+
+def test_complaints_about_images_are_told_before_their_update():
+    training = training_of(small_network(), 5, plain_training(TRAIN__ACCUMULATION_STEPS=2))
+    watch = Alarmed(training)
+    data = with_complaints(batches(5, 4), batch_2=["a", "b"], batch_3=["c"], batch_4=["a"])
+    train_one_epoch(training, data, 10, watch)
+    assert watch.told == [(1, 0, False), (1, ["a", "b", "c"]), (2, 0, False), (2, ["a"]), (3, 0, False)]
+
+
+def test_by_default_an_update_with_a_broken_image_is_not_taken():
+    training = losing_training(losing(()))
+    diary = Diary(training)
+    with pytest.raises(BrokenDataError, match=r"^a\.png is broken$"):
+        train_one_epoch(training, with_complaints(batches(6, 4), batch_3=["a.png is broken"]), 10, diary)
+    assert len(diary.states) == 1
+    assert equal(all_of(training), diary.states[0])
+
+
+def test_alarms_are_told_after_the_update_that_they_came_before():
+    training = training_of(small_network(), 4)
+    watch = Alarmed(training, [(0, False), (15, False), (0, True), (10, True)])
+    train_one_epoch(training, batches(4, 4), 10, watch)
+    assert watch.told == [(1, 0, False), (2, 15, False), (3, 0, True), (4, 10, True)]
+
+
+def test_what_a_watch_raises_after_an_update_ends_the_epoch_there():
+    class Leaving(Watch):
+        def on_update(self, signal, failed):
+            raise Stopped(15)
+
+    training = training_of(small_network(), 4)
+    with pytest.raises(Stopped):
+        train_one_epoch(training, batches(4, 4), 10, Leaving())
+    assert training.progress.place == 1
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -384,7 +635,7 @@ def test_a_report_averages_since_the_last_one():
     assert [report.lr for report in pairs] == [single[1].lr, single[3].lr, single[4].lr]
     first = small_network()
     assert single[0].loss == pytest.approx(nn.functional.cross_entropy(first(data[0][0]), data[0][1]).item(), rel=1e-12)
-    assert single[0].grad_norm == pytest.approx(gradient_norm(first, *data[0]), rel=1e-9)
+    assert single[0].grad_norm == pytest.approx(gradient_norm(first, *data[0][:2]), rel=1e-9)
 
 
 def test_a_report_measures_time_and_memory():
@@ -407,12 +658,12 @@ def test_a_network_trains_in_every_precision(name):
     training = training_of(network, 4, plain_training(TRAIN__BASE_LR=1e-2), precision=precision)
     if name == "fp16":
         training.scaler.load_state_dict({**training.scaler.state_dict(), "scale": 256.0})
-    reports = train(training, [(images.float(), targets) for images, targets in batches(4, 4)])
+    reports = train(training, in_single(batches(4, 4)))
     assert set(seen) == {{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]}
     assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in network.parameters())
     assert not torch.equal(network[1].weight, before[0])
     full = small_network().float()
-    images, targets = batches(4, 4)[0]
+    images, targets, _ = batches(4, 4)[0]
     assert reports[0].grad_norm == pytest.approx(gradient_norm(full, images.float(), targets), rel=0.05)
 
 
@@ -421,10 +672,10 @@ def test_an_overflow_in_half_precision_skips_the_update_and_goes_on():
     training = training_of(network, 1, precision=Precision("fp16", "cpu"))
     training.scaler.load_state_dict({**training.scaler.state_dict(), "scale": 2.0**60})
     before = weights_of(network)
-    data = [(images.float(), targets) for images, targets in batches(1, 4)]
-    train(training, data)
+    train(training, in_single(batches(1, 4)))
     assert equal(weights_of(network), before)
     assert training.scaler.get_scale() == 2.0**59
+    assert (training.progress.updates, training.progress.left_out) == (0, 1)
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
@@ -457,7 +708,7 @@ def test_an_evaluation_counts_exactly_whatever_the_batch_size(size):
     images = torch.randn(23, 3, 2, 2, generator=generator)
     targets = torch.randint(6, (23,), generator=generator)
     logits = images.flatten(1)[:, :6]
-    score = evaluate(Fixed(), list(zip(images.split(size), targets.split(size), strict=True)), ALONE, FP32)
+    score = evaluate(Fixed(), fine(zip(images.split(size), targets.split(size), strict=True)), ALONE, FP32)
     assert score.images == 23
     assert score.correct1 == int((logits.argmax(1) == targets).sum())
     assert score.correct5 == 23 - int((logits.argmin(1) == targets).sum())
@@ -501,7 +752,7 @@ def test_an_evaluation_computes_in_the_precision_asked_for():
     seen = []
     network = small_network().float()
     network.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    data = [(images.float(), targets) for images, targets in batches(1, 4)]
+    data = in_single(batches(1, 4))
     for name in ("fp32", "bf16"):
         evaluate(network, data, ALONE, Precision(name, "cpu"))
     assert seen == [torch.float32, torch.bfloat16]
@@ -517,3 +768,21 @@ def test_an_evaluation_of_other_images_than_announced_is_refused():
     assert score.images == 8
     with pytest.raises(UserError, match="8 of 9"):
         evaluate(Fixed(), batches(2, 4), ALONE, FP32, images=9)
+
+
+def test_an_evaluation_ends_at_a_broken_image():
+    data = with_complaints(batches(3, 4), batch_1=["", "a.png is broken"], batch_2=["b.png is broken"])
+    with pytest.raises(BrokenDataError, match=r"^a\.png is broken: mend or remove it$"):
+        evaluate(Fixed(), data, ALONE, FP32)
+
+
+@pytest.mark.parametrize("rounds", [0, 3])
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_an_evaluation_ends_when_it_is_asked_to(at, rounds):
+    asked, seen = itertools.count(1), []
+    network = Fixed()
+    network.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    with pytest.raises(Stopped) as caught:
+        evaluate(network, batches(3, 4), ALONE, FP32, rounds=rounds, asked_to_stop=lambda: 15 * (next(asked) == at))
+    assert caught.value.signal == 15
+    assert len(seen) == (at - 1 if rounds else 3)

@@ -1,6 +1,7 @@
 """Who imports whom, and that importing a file does nothing."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from helpers_unit import ROOT
 
 PACKAGES = ("utils", "models", "data", "tools", "segmentation", "detection")
 LOOPS = {"utils.engine", "utils.report", "utils.resume", "utils.scoring"}  # given built objects, above models and data
-SCRIPTS, LOOP, PARTS, LEAVES = 4, 3, 2, 1
+RUNS = {"utils.keeper", "utils.trainer"}  # above the loops, which they run and watch over
+SCRIPTS, RUN, LOOP, PARTS, LEAVES = 5, 4, 3, 2, 1
 
 
 def product_modules():
@@ -23,11 +25,13 @@ MODULES = product_modules()
 def floor(name):
     if name in LOOPS:
         return LOOP
+    if name in RUNS:
+        return RUN
     return {"utils": LEAVES, "models": PARTS, "data": PARTS}.get(name.split(".")[0], SCRIPTS)
 
 
 def imports(name):
-    """The product modules that a module imports, anywhere in it."""
+    """The product modules that a module imports, anywhere in it: scripts import in functions, once they have parsed."""
     path = MODULES[name]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found = set()
@@ -46,13 +50,35 @@ def imports(name):
 
 def test_the_modules_are_found():
     assert {"train", "test", "utils.engine", "models.groupmixformer", "data.build", "utils", "tools"} <= set(MODULES)
-    assert "models.build" in imports("train")
+    assert set(MODULES) >= LOOPS | RUNS
+    assert "utils.trainer" in imports("train")  # in a function
+    assert "models.build" in imports("test")
     assert "utils.checkpoint" in imports("utils.scoring")
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_a_module_imports_only_what_lies_below_it(name):
     assert {target for target in imports(name) if floor(target) > floor(name)} == set()
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if floor(name) != SCRIPTS))
+def test_only_scripts_import_inside_functions(name):
+    tree = ast.parse(MODULES[name].read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    inside = [part for node in functions for part in ast.walk(node) if isinstance(part, (ast.Import, ast.ImportFrom))]
+    assert [ast.unparse(part) for part in inside] == []
+
+
+@pytest.mark.parametrize("name", ["utils.cli", "utils.config", "utils.errors"])
+def test_what_a_command_line_needs_imports_nothing_heavy(name):
+    found, wanted = set(), {name}
+    while wanted:
+        found |= wanted
+        wanted = {target for module in wanted for target in imports(module)} - found
+    texts = [MODULES[module].read_text() for module in found]
+    assert not any(
+        re.search(r"^(import|from) (torch|timm|torchvision|numpy|matplotlib)\b", text, re.M) for text in texts
+    )
 
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if floor(name) == PARTS))

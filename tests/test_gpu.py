@@ -1,6 +1,7 @@
 """Training on CUDA devices: started as a user starts it, on each precision, and on all devices over NCCL."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,13 +42,14 @@ def tree(tmp_path) -> Path:
     return tmp_path
 
 
-def train(tree: Path, ranks: int, *arguments: str) -> list[dict[str, float]]:
+def train(tree: Path, ranks: int, *arguments: str, tag: str = "default") -> list[dict[str, float]]:
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*launcher, "train.py", "--cfg", str(tree / "tiny.yaml"), "--data-path", str(tree), *arguments]
-    subprocess.run([*command, "--output", str(tree / "out")], cwd=REPOSITORY, check=True, timeout=600)
-    return [json.loads(line) for line in (tree / "out/tiny/default/metrics.jsonl").read_text().splitlines()]
+    subprocess.run([*command, "--output", str(tree / "out"), "--tag", tag], cwd=REPOSITORY, check=True, timeout=600)
+    lines = (tree / "out" / "tiny" / tag / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "images_per_s"} for line in lines]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -66,3 +68,19 @@ def test_all_gpus_train_together_with_synchronised_norms(tree):
     ranks = torch.cuda.device_count()
     lines = train(tree, ranks, "--batch-size", "4" if ranks > 1 else "8")
     assert lines[-1]["acc1"] == 100
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_deterministic_key_makes_equal_runs_and_equal_resumed_ones(tree, precision):
+    options = ["--precision", precision, "--opts", "DETERMINISTIC", "True", "TRAIN.SAVE_UPDATES", "1", "KEEP", "9"]
+    whole, again = (train(tree, 1, *options, tag=tag) for tag in ("whole", "again"))
+    assert again == whole
+    folder = tree / "out" / "tiny" / "again"
+    newest = sorted(folder.glob("ckpt_epoch_*"))[-2]  # of the middle of the last epoch
+    assert torch.load(newest, weights_only=True)["progress"]["place"] > 0
+    shutil.copyfile(newest, folder / "last.pth.new")
+    (folder / "last.pth.new").replace(folder / "last.pth")
+    assert train(tree, 1, *options, tag="again") == whole
+    ends = [torch.load(tree / "out" / "tiny" / tag / "last.pth", weights_only=True) for tag in ("whole", "again")]
+    for part in ("model", "ema"):
+        assert all(torch.equal(ends[0][part][name], ends[1][part][name]) for name in ends[0][part])

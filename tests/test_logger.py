@@ -1,15 +1,21 @@
 """Console, log file, metrics.jsonl, TensorBoard events and the curves drawn from them."""
 
+import errno
 import json
 import logging
 import math
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from helpers_unit import ROOT
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from utils.curves import draw_curves
+from utils.errors import UserError
 from utils.logger import MetricsLog, read_metrics, setup_logging
 
 
@@ -95,9 +101,10 @@ def line(update, **values):
 
 
 def written(folder, updates, start=0):
-    with MetricsLog(folder, start) as log:
-        for update in updates:
-            log.write(line(update), {"loss": 1.0 / update})
+    log = MetricsLog(folder, start)
+    for update in updates:
+        log.write(line(update), {"loss": 1.0 / update})
+    log.close()
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -108,17 +115,19 @@ def test_what_is_written_is_read_back(tmp_path):
 
 
 def test_tensorboard_gets_the_published_tags(tmp_path):
-    with MetricsLog(tmp_path) as log:
-        log.write({"update": 4}, {"Acc@1": 71.5, "Acc@5": 90.0, "lr": 0.5, "grad_norm": 2.0})
+    log = MetricsLog(tmp_path)
+    log.write({"update": 4}, {"Acc@1": 71.5, "Acc@5": 90.0, "lr": 0.5, "grad_norm": 2.0})
+    log.close()
     scalars, _ = events(tmp_path / "runs")
     found = [(tag.replace("Acc_", "Acc@"), step, value) for tag, step, value in scalars]
     assert found == [("Acc@1", 4, 71.5), ("Acc@5", 4, 90.0), ("lr", 4, 0.5), ("grad_norm", 4, 2.0)]
 
 
 def test_a_line_is_on_disk_when_it_was_written(tmp_path):
-    with MetricsLog(tmp_path) as log:
-        log.write(line(1), {})
-        assert read_metrics(tmp_path / "metrics.jsonl") == [line(1)]
+    log = MetricsLog(tmp_path)
+    log.write(line(1), {})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [line(1)]
+    log.close()
 
 
 def test_a_resumed_run_forgets_what_it_will_log_again(tmp_path):
@@ -153,8 +162,9 @@ def test_a_file_that_is_not_there_has_no_lines(tmp_path):
 
 
 def test_every_line_is_json_also_where_a_number_is_none(tmp_path):
-    with MetricsLog(tmp_path) as log:
-        log.write({"update": 1, "loss": 0.5, "grad_norm": math.inf, "lr": math.nan}, {"grad_norm": math.inf})
+    log = MetricsLog(tmp_path)
+    log.write({"update": 1, "loss": 0.5, "grad_norm": math.inf, "lr": math.nan}, {"grad_norm": math.inf})
+    log.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"update": 1, "loss": 0.5, "grad_norm": None, "lr": None}
     draw_curves(tmp_path, 1)
@@ -164,6 +174,112 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written(None, [1, 2])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_score_that_will_be_taken_again_is_forgotten(tmp_path):
+    lines = [score(2), progress(3), progress(4), score(4), progress(5)]
+    text = "".join(json.dumps(values) + "\n" for values in lines)
+    for is_scored, left in ((True, lines[:4]), (False, lines[:3])):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        MetricsLog(tmp_path, 4, is_scored).close()
+        assert read_metrics(tmp_path / "metrics.jsonl") == left
+
+
+# When the disk fails
+
+
+def disk_full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_metrics_are_cut_back_in_one_move(tmp_path, monkeypatch):
+    written(tmp_path, [2, 4, 6])
+    before = (tmp_path / "metrics.jsonl").read_text()
+    monkeypatch.setattr(Path, "replace", disk_full)
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written .*No space left"):
+        MetricsLog(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "runs"]
+
+
+def test_metrics_that_cannot_be_started_are_a_users_error(tmp_path):
+    (tmp_path / "runs").write_text("a file where the folder of the events goes")
+    with pytest.raises(UserError, match=r"cannot be written \((Not a directory|File exists)\)") as caught:
+        MetricsLog(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_metrics_that_cannot_be_written_are_a_users_error(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path)
+    monkeypatch.setattr("builtins.open", disk_full)
+    with pytest.raises(UserError) as caught:
+        log.write(line(1), {"loss": 1.0})
+    monkeypatch.undo()
+    assert str(caught.value).startswith(f"{tmp_path / 'metrics.jsonl'} cannot be written (No space left on device)")
+    assert "\n" not in str(caught.value)
+    log.close()
+
+
+def test_closing_again_or_without_a_folder_does_nothing(tmp_path):
+    for log in (MetricsLog(tmp_path), MetricsLog(None)):
+        log.close()
+        log.close()
+
+
+# A limit on the size of files acts as a full disk does.
+FULL = """
+import resource, sys, threading
+from pathlib import Path
+from utils.errors import UserError
+from utils.logger import MetricsLog
+
+log = MetricsLog(Path(sys.argv[1]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    for update in range(1, 1000):
+        log.write({"update": update, "loss": 1 / update}, {"loss": 1 / update, "lr": 0.1, "grad_norm": 1.0})
+except UserError as error:
+    print(error)
+log.close()
+print([thread for thread in threading.enumerate() if "Logger" in type(thread).__name__])  # they fail at the very end
+"""
+
+
+def test_a_disk_that_fills_up_is_told_of_in_one_line_and_closing_does_not_fail(tmp_path):
+    told = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert told.stdout == f"{tmp_path / 'metrics.jsonl'} cannot be written (File too large): free some space\n[]\n"
+    assert told.stderr == ""
+    assert told.returncode == 0
+
+
+def test_a_log_file_on_a_full_disk_prints_nothing(tmp_path, capsys, monkeypatch, logging_back):
+    setup_logging(True, tmp_path)
+    [file] = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+    monkeypatch.setattr(file, "stream", FullFile(file.stream))
+    logging.getLogger().info("learning")
+    monkeypatch.undo()
+    out, err = capsys.readouterr()
+    assert out.endswith(" learning\n")
+    assert err == ""
+
+
+def test_a_console_that_is_gone_does_not_stop_a_run(tmp_path, monkeypatch, logging_back):
+    setup_logging(True, tmp_path)
+    monkeypatch.setattr(sys, "stdout", FullFile(sys.stdout))
+    logging.getLogger().info("learning")
+    assert (tmp_path / "log_rank0.txt").read_text().endswith(" learning\n")
+
+
+class FullFile:
+    """A file that nothing can be written to."""
+
+    write = flush = staticmethod(disk_full)
+
+    def __init__(self, file):
+        self._file = file
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
 
 
 # Curves
@@ -235,6 +351,16 @@ def test_any_metrics_can_be_drawn(tmp_path, lines):
 def test_a_run_without_metrics_can_be_drawn(tmp_path):
     draw_curves(tmp_path, 3)
     Image.open(tmp_path / "curves.png").verify()
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    first = drawn(tmp_path, RUN[:3])
+    monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", disk_full)
+    with pytest.raises(UserError, match=r"curves\.png cannot be written \(.*No space left on device\)"):
+        draw_curves(tmp_path, 2)
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.convert("RGB").tobytes() == first.tobytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
 
 
 def test_drawing_again_replaces_the_picture(tmp_path):

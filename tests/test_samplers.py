@@ -5,6 +5,7 @@ import torch
 from helpers_unit import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
 
 from data.samplers import EvalSampler, TrainBatchSampler
 
@@ -82,6 +83,69 @@ def test_a_sampler_keeps_no_state_but_its_epoch():
     sampler.set_epoch(6)
     sampler.set_epoch(5)
     assert list(sampler) == first
+
+
+@given(
+    length=st.integers(0, 90),
+    batch_size=st.integers(1, 6),
+    ranks=st.integers(1, 3),
+    repeats=st.integers(1, 3),
+    epoch=st.integers(0, 9),
+    data=st.data(),
+)
+@examples(80)
+def test_an_epoch_that_is_gone_on_with_is_the_tail_of_the_whole(length, batch_size, ranks, repeats, epoch, data):
+    rank = data.draw(st.integers(0, ranks - 1))
+    whole = epoch_of(length, batch_size, rank, ranks, 5, repeats, epoch)
+    sampler = TrainBatchSampler(length, batch_size, rank, ranks, 5, repeats)
+    for first in range(len(whole) + 2):
+        sampler.set_epoch(epoch, first)
+        assert list(sampler) == whole[first:]
+    sampler.set_epoch(epoch)
+    assert list(sampler) == whole
+
+
+def test_an_epoch_after_one_that_was_gone_on_with_is_whole():
+    sampler = TrainBatchSampler(40, 4, 0, 1, seed=3)
+    sampler.set_epoch(5, 7)
+    sampler.set_epoch(6)
+    assert list(sampler) == epoch_of(40, 4, seed=3, epoch=6)
+
+
+@given(
+    length=st.integers(1, 90),
+    batch_size=st.integers(1, 6),
+    ranks=st.integers(1, 3),
+    repeats=st.integers(1, 3),
+    data=st.data(),
+)
+@examples(60)
+def test_the_samples_of_a_batch_can_be_told_without_giving_it_out(length, batch_size, ranks, repeats, data):
+    rank = data.draw(st.integers(0, ranks - 1))
+    batches = epoch_of(length, batch_size, rank, ranks, 5, repeats, 2)
+    first = data.draw(st.integers(0, len(batches)))
+    last = data.draw(st.integers(first, len(batches)))
+    sampler = TrainBatchSampler(length, batch_size, rank, ranks, 5, repeats)
+    sampler.set_epoch(1, first_batch=1)  # it may be giving out another epoch
+    assert sampler.indices(2, range(first, last)) == [index for index, _ in flat(batches[first:last])]
+
+
+def test_nothing_of_skipped_batches_is_read():
+    class Counting(Dataset):
+        def __init__(self):
+            self.read = []
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, key):
+            self.read.append(key)
+            return key[0]
+
+    samples, sampler = Counting(), TrainBatchSampler(40, 4, 0, 1, seed=3)
+    sampler.set_epoch(2, 7)
+    assert len(list(DataLoader(samples, batch_sampler=sampler))) == 3
+    assert samples.read == flat(epoch_of(40, 4, seed=3, epoch=2)[7:])
 
 
 def test_iterating_leaves_the_global_generator_alone():

@@ -11,6 +11,7 @@ import torch
 from yacs.config import CfgNode
 
 from models.published import to_published
+from utils import checkpoint
 
 COUNTS = ("images", "correct1", "correct5")
 
@@ -140,7 +141,7 @@ def test_classes_in_another_order_are_matched_by_name(weights, report, tmp_path)
     state["classes"] = [state["classes"][number] for number in order]
     for name in ("head.fc.weight", "head.fc.bias"):
         state["model"][name] = state["model"][name][order]
-    torch.save(state, tmp_path / "reordered.pth")
+    checkpoint.save(state, tmp_path / "reordered.pth")
     one, other = report("--resume", weights), report("--resume", tmp_path / "reordered.pth")
     assert counts(one) == counts(other)
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -227,7 +228,7 @@ def test_two_files_of_weights_are_refused(weights, score):
 @pytest.mark.slow
 def test_moving_average_that_is_not_there_is_refused(weights, score, tmp_path):
     state = torch.load(weights, weights_only=True)
-    torch.save({**state, "ema": None}, tmp_path / "plain.pth")
+    checkpoint.save({**state, "ema": None}, tmp_path / "plain.pth")
     (error,) = score("--resume", tmp_path / "plain.pth", "--ema", code=2).errors
     assert "--ema" in error
 

@@ -22,19 +22,29 @@ from torch.nn import functional as F
 from models.build import build_model
 from models.groupmixformer import GroupMixBlock
 from models.published import to_published
+from utils import checkpoint
 from utils.config import load_config
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 EPOCHS, UPDATES = 4, 8  # of the small run: 48 images in batches of 6
 
-# Starts a program, and afterwards writes the weights of every network and moving average that this rank made.
-KEEP_WEIGHTS = """
+# Starts a program, and afterwards writes the weights of every network and moving average that this rank made, and the
+# (image, seed of its augmentation) of every micro-batch that it took.
+KEEP = """
 import os, runpy, sys
 import torch
 from timm.utils import ModelEmaV3
+from data.samplers import TrainBatchSampler
 from models.groupmixformer import GroupMixFormer
 
-made = []
+made, batches, give = [], [], TrainBatchSampler.__iter__
+
+def keep_batches(sampler):
+    for batch in give(sampler):
+        batches.append(batch)
+        yield batch
+
+TrainBatchSampler.__iter__ = keep_batches
 
 def keep(kind):
     begin = kind.__init__
@@ -48,7 +58,7 @@ keep(ModelEmaV3)
 folder, sys.argv = sys.argv[1], sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 weights = [{name.removeprefix("module."): value for name, value in each.state_dict().items()} for each in made]
-torch.save(weights, f"{folder}/rank{os.environ['RANK']}.pth")
+torch.save({"weights": weights, "batches": batches}, f"{folder}/rank{os.environ.get('RANK', 0)}.pth")
 """
 
 
@@ -70,6 +80,11 @@ def types_in(value):
     """The types of everything in a checkpoint."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return {type(value)}.union(*(types_in(item) for item in inside))
+
+
+def contents(folder):
+    """Every file of a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def parameters(weights):
@@ -120,10 +135,11 @@ def test_console_has_the_lines_of_the_log(trained):
 @pytest.mark.slow
 def test_metrics_have_a_line_for_each_update_and_evaluation(trained):
     updates, evaluations = trained.updates(), trained.evaluations()
-    keys = {"update", "epoch", "loss", "lr", "grad_norm", "images_per_s"}
+    keys = {"update", "epoch", "loss", "lr", "grad_norm", "left_out", "images_per_s"}
     assert [set(line) for line in updates] == EPOCHS * UPDATES * [keys]
     assert [line["update"] for line in updates] == list(range(1, EPOCHS * UPDATES + 1))
     assert [line["epoch"] for line in updates] == [i // UPDATES for i in range(EPOCHS * UPDATES)]
+    assert {line["left_out"] for line in updates} == {0}
     assert [line["update"] for line in evaluations] == [UPDATES * (epoch + 1) for epoch in range(EPOCHS)]
     assert all({"acc1", "acc5", "loss", "ema_acc1", "ema_acc5", "ema_loss"} <= set(line) for line in evaluations)
     assert all(math.isfinite(value) for line in trained.metrics() for value in line.values())
@@ -158,13 +174,14 @@ def test_curves_are_a_picture(trained):
 def test_checkpoint_is_plain_and_complete(trained):
     state = trained.checkpoint()
     parts = {"model", "ema", "optimizer", "scaler", "progress", "best", "config", "classes", "versions"}
-    assert set(state) == parts
+    assert set(state) == parts | {"checksum"}
     assert types_in(state) <= {dict, OrderedDict, list, tuple, torch.Tensor, str, int, float, bool, type(None)}
     assert state["config"] == (trained.folder / "config.yaml").read_text()
     assert len(state["classes"]) == 6
     assert state["classes"] == sorted(state["classes"])
-    assert state["progress"]["epoch"] == EPOCHS
-    assert state["progress"]["update"] == EPOCHS * UPDATES
+    progress = {"epoch": EPOCHS, "place": 0, "images": 0, "updates": EPOCHS * UPDATES, "left_out": 0, "ranks": 1}
+    assert state["progress"].items() >= progress.items()
+    assert (state["progress"]["updates_per_epoch"], state["progress"]["images_per_update"]) == (UPDATES, 6)
     assert state["versions"]["torch"] == torch.__version__
     assert state["versions"]["timm"] == timm.__version__
     network = build_model(load_config(trained.folder / "config.yaml"), 6)
@@ -186,9 +203,31 @@ def test_numbered_checkpoints_are_those_of_their_epochs(trained, differences):
     assert not differences(trained.checkpoint(numbered[-1]), trained.checkpoint("last.pth"))
 
 
-def test_only_the_newest_numbered_checkpoints_are_kept(train, tmp_path):
-    run = train(tmp_path, "--batch-size", 24, opts="TRAIN.EPOCHS 6 SAVE_FREQ 2 KEEP 2 DATA.IMG_SIZE 32")
-    assert sorted(path.name for path in run.folder.glob("ckpt_*")) == ["ckpt_epoch_4.pth", "ckpt_epoch_6.pth"]
+def test_the_two_newest_checkpoints_are_kept_beside_those_of_every_so_many_epochs(train, tmp_path):
+    run = train(tmp_path, "--batch-size", 24, opts="TRAIN.EPOCHS 9 SAVE_FREQ 3 KEEP 2 DATA.IMG_SIZE 32")
+    assert sorted(path.name for path in run.folder.glob("ckpt_*")) == [f"ckpt_epoch_{epoch}.pth" for epoch in (6, 8, 9)]
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The names of the numbered checkpoints that runs write from now on."""
+    names, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda state, path: names.append(path.name) or save(state, path))
+    return names
+
+
+def test_checkpoints_inside_epochs_are_written_and_only_the_newest_is_kept(train, tmp_path, written):
+    run = train(tmp_path, opts="TRAIN.EPOCHS 2 TRAIN.SAVE_UPDATES 4 KEEP 1 DATA.IMG_SIZE 32")
+    inside, whole = "ckpt_epoch_{}_update_4.pth", "ckpt_epoch_{}.pth"
+    assert written == [inside.format(0), whole.format(1), inside.format(1), whole.format(2)]
+    assert sorted(path.name for path in run.folder.glob("ckpt_*")) == sorted(written[-2:])
+    progress = run.checkpoint(inside.format(1))["progress"]
+    assert (progress["epoch"], progress["place"], progress["updates"], progress["images"]) == (1, 4, UPDATES + 4, 24)
+
+
+def test_checkpoints_inside_epochs_are_written_when_so_many_minutes_have_passed(train, tmp_path, written):
+    train(tmp_path, "--batch-size", 12, opts="TRAIN.EPOCHS 1 TRAIN.SAVE_MINUTES 1e-9 DATA.IMG_SIZE 32")
+    assert written == [f"ckpt_epoch_0_update_{update}.pth" for update in (1, 2, 3)] + ["ckpt_epoch_1.pth"]
 
 
 def test_print_freq_spaces_the_lines_and_averages_between_them(train, tmp_path):
@@ -359,7 +398,7 @@ def test_resume_takes_the_named_file(whole, train_long, tmp_path, differences):
 def test_run_resumed_in_another_folder_has_a_best_checkpoint(whole, train_long, tmp_path):
     # At a learning rate of 0 nothing becomes better than the best before, which the new folder must have all the same.
     still = "TRAIN.EPOCHS 5 TRAIN.BASE_LR 0 TRAIN.MIN_LR 0 TRAIN.WARMUP_LR 0"
-    run = train_long(tmp_path, "--resume", whole.folder / "last.pth", opts=still)
+    run = train_long(tmp_path, "--resume", whole.folder / "last.pth", "--allow-changes", opts=still)
     assert run.checkpoint("best.pth")["best"] == run.checkpoint("last.pth")["best"]
 
 
@@ -403,9 +442,9 @@ def test_kill_amid_the_files_of_the_best_epoch_is_mended(whole, train_long, tmp_
 
 def test_resume_goes_before_the_last_checkpoint(whole, train_long, tmp_path, differences):
     whole.stopped_after(EPOCHS, tmp_path)
-    checkpoint = whole.folder / "ckpt_epoch_3.pth"
-    run = train_long(tmp_path, "--resume", checkpoint)
-    assert f"going on from {checkpoint}" in run.result.stdout
+    named = whole.folder / "ckpt_epoch_3.pth"
+    run = train_long(tmp_path, "--resume", named)
+    assert f"going on from {named}" in run.result.stdout
     assert "Train: [3/4]" in run.result.stdout
     check_same_run(run, whole, differences)
 
@@ -417,7 +456,8 @@ def trained_weights(train, tmp_path_factory):
 
 
 def test_resume_goes_before_pretrained_weights(whole, trained_weights, train_long, tmp_path, differences):
-    run = train_long(tmp_path, "--resume", whole.folder / "ckpt_epoch_3.pth", "--pretrained", trained_weights)
+    named = ["--resume", whole.folder / "ckpt_epoch_3.pth", "--pretrained", trained_weights]
+    run = train_long(tmp_path, *named, "--allow-changes")
     check_same_weights(run, whole, differences)
 
 
@@ -431,13 +471,67 @@ def test_last_checkpoint_goes_before_pretrained_weights(train, trained_weights, 
     check_same_run(again, tuned, differences)
 
 
-def test_folder_with_another_network_is_refused(whole, train_long, tmp_path, differences):
-    whole.stopped_after(1, tmp_path)
-    run = train_long(tmp_path, opts="MODEL.GMA.SERIAL_DEPTHS [1,1,2,1]", code=2)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_run_goes_on_inside_an_epoch_as_if_it_had_not_been_stopped(train_long, tmp_path, differences, workers):
+    # Three updates a line: the first line after the checkpoint tells of the last update before it, too.
+    short = f"TRAIN.EPOCHS 1 TRAIN.SAVE_UPDATES 4 PRINT_FREQ 3 DATA.NUM_WORKERS {workers}"
+    whole = train_long(tmp_path / "whole", opts=short)
+    run = train_long(tmp_path / "resumed", "--resume", whole.folder / "ckpt_epoch_0_update_4.pth", opts=short)
+    check_same_weights(run, whole, differences)
+    assert run.numbers() == [line for line in whole.numbers() if line["update"] > 4]
+
+
+# Resumed under other settings
+
+
+def test_other_settings_are_shown_and_refused(whole, train_long, tmp_path):
+    folder = whole.stopped_after(1, tmp_path)
+    before = contents(tmp_path)
+    run = train_long(tmp_path, "--seed", 3, opts="TRAIN.WEIGHT_DECAY 0.3 AUG.REMODE const", code=2)
     (error,) = run.result.errors
-    assert "MODEL.GMA.SERIAL_DEPTHS" in error
-    assert "--tag" in error
-    assert not differences(run.checkpoint(), whole.checkpoint("ckpt_epoch_1.pth"))
+    for change in ("TRAIN.WEIGHT_DECAY: 0.05 -> 0.3", "AUG.REMODE: pixel -> const", "SEED: 0 -> 3"):
+        assert change in error
+    assert error.count("->") == 3
+    for named in (folder / "last.pth", "--allow-changes", "--tag"):
+        assert str(named) in error
+    assert contents(tmp_path) == before
+
+
+def test_other_settings_than_those_of_a_named_checkpoint_are_refused(whole, train_long, tmp_path):
+    named = whole.folder / "ckpt_epoch_1.pth"
+    run = train_long(tmp_path, "--resume", named, opts="TRAIN.WEIGHT_DECAY 0.3", code=2)
+    (error,) = run.result.errors
+    for word in (named, "TRAIN.WEIGHT_DECAY: 0.05 -> 0.3", "--allow-changes"):
+        assert str(word) in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_settings_are_taken_and_told_of_where_that_is_allowed(whole, train_long, tmp_path):
+    whole.stopped_after(3, tmp_path)
+    run = train_long(tmp_path, "--allow-changes", opts="TRAIN.WEIGHT_DECAY 0.3")
+    change = "TRAIN.WEIGHT_DECAY: 0.05 -> 0.3"
+    assert change in run.result.stdout
+    assert change in (run.folder / "log_rank0.txt").read_text()
+    assert {group["weight_decay"] for group in run.checkpoint()["optimizer"]["param_groups"]} == {0.0, 0.3}
+    assert change not in train_long(tmp_path, opts="TRAIN.WEIGHT_DECAY 0.3").result.stdout  # its settings by now
+
+
+def test_what_changes_no_result_may_differ(whole, train_long, tmp_path, differences):
+    whole.stopped_after(3, tmp_path)
+    free = "DATA.NUM_WORKERS 2 SAVE_FREQ 2 KEEP 1 PRINT_FREQ 3 TRAIN.SAVE_UPDATES 4 TRAIN.SAVE_MINUTES 0"
+    run = train_long(tmp_path, opts=free)
+    assert "->" not in run.result.stdout
+    check_same_weights(run, whole, differences)
+
+
+@pytest.mark.parametrize("flags", [[], ["--allow-changes"]], ids=["unasked", "allowed"])
+def test_folder_with_another_network_is_refused(whole, train_long, tmp_path, flags):
+    whole.stopped_after(1, tmp_path)
+    before = contents(tmp_path)
+    run = train_long(tmp_path, *flags, opts="MODEL.GMA.SERIAL_DEPTHS [1,1,2,1]", code=2)
+    (error,) = run.result.errors
+    assert ("stages.2.blocks.1" if flags else "MODEL.GMA.SERIAL_DEPTHS: [1, 1, 1, 1] -> [1, 1, 2, 1]") in error
+    assert contents(tmp_path) == before
 
 
 def test_folder_with_a_run_is_refused_where_auto_resume_is_off(whole, train_long, tmp_path):
@@ -448,15 +542,10 @@ def test_folder_with_a_run_is_refused_where_auto_resume_is_off(whole, train_long
 
 def test_another_number_of_updates_an_epoch_is_refused(whole, train_long, tmp_path):
     whole.stopped_after(1, tmp_path)
-    (error,) = train_long(tmp_path, "--batch-size", 6, code=2).result.errors
+    before = contents(tmp_path)
+    (error,) = train_long(tmp_path, "--batch-size", 6, "--allow-changes", code=2).result.errors
     assert "updates an epoch" in error
-
-
-def test_settings_that_changed_are_told_to_who_resumes(whole, train_long, tmp_path):
-    whole.stopped_after(3, tmp_path)
-    run = train_long(tmp_path, opts="TRAIN.WEIGHT_DECAY 0.3")
-    assert "TRAIN.WEIGHT_DECAY: 0.05 -> 0.3" in run.result.stdout
-    assert "TRAIN.WEIGHT_DECAY: 0.05 -> 0.3" in (run.folder / "log_rank0.txt").read_text()
+    assert contents(tmp_path) == before
 
 
 def test_finished_run_started_again_is_left_as_it_is(whole, train_long, tmp_path):
@@ -514,8 +603,13 @@ def test_bf16_trains_and_keeps_weights_in_fp32(one_epoch, plain, differences):
 def test_fp16_scales_its_loss_and_resumes_exactly(train, tmp_path, differences):
     words, short = ["--precision", "fp16", "--batch-size", 24], "DATA.IMG_SIZE 32 TRAIN.EPOCHS 2"
     run = train(tmp_path / "whole", *words, opts=short)
-    assert run.checkpoint()["scaler"]["scale"] > 0
-    assert all(math.isfinite(line["loss"]) for line in run.updates())
+    assert run.checkpoint()["scaler"]["scale"] == 2**15
+    first, *others = run.updates()  # the scaler begins with a scale that is too high, and leaves out what overflows
+    assert (first["loss"], first["grad_norm"]) == (None, None)
+    assert {line["left_out"] for line in run.updates()} == {1}
+    assert others[0]["lr"] == first["lr"] > others[1]["lr"]
+    assert all(math.isfinite(line["loss"]) for line in others)
+    assert run.checkpoint()["progress"].items() >= {"updates": 3, "left_out": 1, "left_out_in_row": 0}.items()
     run.stopped_after(1, tmp_path / "stopped")
     check_same_run(train(tmp_path / "stopped", *words, opts=short), run, differences)
 
@@ -569,13 +663,13 @@ def test_pretrained_weights_of_every_form_are_taken(train, trained_weights, tmp_
 
 @pytest.fixture(scope="session")
 def start_pair(start, tree, tiny_config, everything_random, shared):
-    """Trains with two processes, and keeps the weights of both."""
-    script = shared("scripts", lambda folder: (folder / "keep_weights.py").write_text(KEEP_WEIGHTS)) / "keep_weights.py"
+    """Trains with two processes, and keeps the weights and the batches of both."""
+    script = shared("scripts", lambda folder: (folder / "keep.py").write_text(KEEP)) / "keep.py"
 
-    def run(output):
-        words = ["--cfg", tiny_config, "--data-path", tree, "--output", output, "--tag", "run"]
-        options = ["--opts", "TRAIN.EPOCHS", 2, *everything_random.split()]
-        return start(script, output, "train.py", *words, *options, ranks=2, PYTHONPATH=".")
+    def run(output, *flags, ranks=2, opts=""):
+        words = ["--cfg", tiny_config, "--data-path", tree, "--output", output, "--tag", "run", *flags]
+        options = ["--opts", "TRAIN.EPOCHS", 2, *everything_random.split(), *opts.split()]
+        return start(script, output, "train.py", *words, *options, ranks=ranks, PYTHONPATH=".")
 
     return run
 
@@ -586,11 +680,25 @@ def pair(start_pair, shared_run):
     return shared_run("pair", start_pair)
 
 
+def kept(output, rank):
+    """The weights that a rank ended with, and the batches that it took."""
+    return torch.load(output / f"rank{rank}.pth", weights_only=True)
+
+
+def samples_of_updates(output, ranks, accumulation):
+    """The samples of each update, of all ranks."""
+    batches = [kept(output, rank)["batches"] for rank in range(ranks)]
+    places = range(0, len(batches[0]), accumulation)
+    return [
+        sorted(sample for own in batches for batch in own[at : at + accumulation] for sample in batch) for at in places
+    ]
+
+
 @pytest.mark.slow
 def test_two_processes_end_with_equal_weights(pair, differences):
     assert pair.result.code == 0, pair.result.stderr
-    network, average = torch.load(pair.output / "rank0.pth", weights_only=True)
-    assert not differences([network, average], torch.load(pair.output / "rank1.pth", weights_only=True))
+    network, average = kept(pair.output, 0)["weights"]
+    assert not differences([network, average], kept(pair.output, 1)["weights"])
     assert not differences(dict(pair.checkpoint()["model"]), network)
     assert not differences(dict(pair.checkpoint()["ema"]), average)
 
@@ -600,7 +708,7 @@ def test_two_processes_update_as_one_with_a_doubled_batch(pair, train, tmp_path)
     alone = train(tmp_path, "--batch-size", 12, opts="TRAIN.EPOCHS 2 DATA.IMG_SIZE 32")
     for key in ("update", "epoch", "lr"):
         assert [line[key] for line in pair.updates()] == [line[key] for line in alone.updates()]
-    assert pair.checkpoint()["progress"] == alone.checkpoint()["progress"]
+    assert {**pair.checkpoint()["progress"], "ranks": 1} == alone.checkpoint()["progress"]
 
 
 @pytest.mark.slow
@@ -609,7 +717,7 @@ def test_only_the_first_of_two_processes_speaks_and_writes(pair):
     assert pair.result.stdout.count("Train:") == len(pair.updates()) == 8
     assert len(list(pair.folder.glob("runs/events.*"))) == 1
     checkpoints = ["best.pth", "ckpt_epoch_1.pth", "ckpt_epoch_2.pth", "last.pth"]
-    others = ["config.yaml", "curves.png", "log_rank0.txt", "metrics.jsonl", "runs"]
+    others = ["config.yaml", "curves.png", "lock", "log_rank0.txt", "metrics.jsonl", "runs"]
     assert sorted(path.name for path in pair.folder.iterdir()) == sorted(checkpoints + others)
 
 
@@ -619,3 +727,64 @@ def test_two_stopped_processes_go_on_as_if_they_had_not_been(pair, start_pair, t
     result = start_pair(tmp_path)
     assert result.code == 0, result.stderr
     check_same_run(type(pair)(result, tmp_path / "tiny" / "run"), pair, differences)
+
+
+# Another number of processes
+
+
+@pytest.fixture(scope="session")
+def fewer(pair, start_pair, shared_run):
+    """The run of two processes, gone on with by one after the first epoch."""
+
+    def begin(output):
+        pair.stopped_after(1, output)
+        return start_pair(output, "--elastic", ranks=1, opts="TRAIN.SAVE_UPDATES 2")
+
+    return shared_run("fewer", begin)
+
+
+@pytest.fixture(scope="session")
+def more(fewer, start_pair, shared_run):
+    """That run, gone on with by two inside the second epoch."""
+    inside = fewer.folder / "ckpt_epoch_1_update_2.pth"
+    return shared_run("more", lambda output: start_pair(output, "--elastic", "--resume", inside))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "ranks", "steps"), [("fewer", 1, 2), ("more", 2, 1)])
+def test_other_number_of_ranks_keeps_samples_and_learning_rates_of_updates(pair, request, name, ranks, steps):
+    run = request.getfixturevalue(name)
+    assert run.result.code == 0, run.result.stderr
+    taken = samples_of_updates(run.output, ranks, steps)
+    assert len(taken) == (4 if name == "fewer" else 2)
+    assert taken == samples_of_updates(pair.output, 2, 1)[-len(taken) :]
+    for key in ("update", "epoch", "lr"):
+        assert [line[key] for line in run.updates()] == [line[key] for line in pair.updates()][-len(run.updates()) :]
+    assert run.checkpoint()["progress"] == {**pair.checkpoint()["progress"], "ranks": ranks}
+    assert f"2 epochs of 4 updates of 12 images, up to lr {0.6 * 12 / 512:.3g}" in run.result.stdout
+
+
+@pytest.mark.slow
+def test_what_another_number_of_ranks_makes_inexact_is_told(fewer, more):
+    for run, change in (
+        (fewer, "1 rank(s) instead of 2, in 2 step(s)"),
+        (more, "2 rank(s) instead of 1, in 1 step(s)"),
+    ):
+        (said,) = [line for line in run.result.stdout.splitlines() if f"going on with {change} an update" in line]
+        assert "no longer" in said
+        for thing in ("drop path", "mixup", "batch norms"):
+            assert thing in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [([], ["2 rank(s)", "--elastic", "12 images"]), (["--elastic", "--batch-size", 8], ["12", "8", "--batch-size"])],
+    ids=["unasked", "indivisible"],
+)
+def test_other_number_of_ranks_is_refused(pair, train, tmp_path, everything_random, flags, named):
+    pair.stopped_after(1, tmp_path)
+    before = contents(tmp_path)
+    (error,) = train(tmp_path, *flags, opts=f"TRAIN.EPOCHS 2 {everything_random}", code=2).result.errors
+    assert [thing for thing in named if thing not in error] == [], error
+    assert contents(tmp_path) == before

@@ -1,36 +1,122 @@
-"""Write, find, load and prune checkpoints. A checkpoint is a dict of plain types and tensors, never code."""
+"""Write, find, verify, load and prune checkpoints. A checkpoint is a dict of plain types and tensors, never code."""
 
+import hashlib
+import logging
 import os
 import pickle
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from utils.errors import UserError, listing, reason
 
+_log = logging.getLogger(__name__)
+
 LAST = "last.pth"
 BEST = "best.pth"
-_NUMBERED = re.compile(r"ckpt_epoch_(\d+)\.pth")
+_NUMBERED = re.compile(r"ckpt_epoch_(\d+)(?:_update_(\d+))?\.pth")
+_CHECKSUM = "checksum"
+_CHUNK = 2**24  # bytes
+_SPARE = 2  # the newest checkpoints, of which one may turn out to be damaged
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of nested plain types and tensors: of their values, not of how a file holds them."""
+    hasher = hashlib.sha256()
+    _feed(hasher, value)
+    return hasher.hexdigest()
+
+
+def _feed(hasher: "hashlib._Hash", value: Any) -> None:
+    if isinstance(value, Tensor):
+        hasher.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
+        hasher.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        hasher.update(f"mapping {len(value)} ".encode())
+        for item in value.items():
+            _feed(hasher, item)
+    elif isinstance(value, (list, tuple)):
+        hasher.update(f"{type(value).__name__} {len(value)} ".encode())
+        for item in value:
+            _feed(hasher, item)
+    else:
+        hasher.update(f"{type(value).__name__} {value!r} ".encode())
+
+
+def on_host(value: Any, before: Any = None) -> Any:
+    """A copy of nested plain types and tensors in host memory, which training may go on beside.
+
+    Args:
+        value: What to copy.
+        before: An earlier copy that is no longer needed: its memory is used again, which is much faster.
+    """
+    if isinstance(value, Tensor):
+        fits = isinstance(before, Tensor) and before.shape == value.shape and before.dtype == value.dtype
+        return before.copy_(value.detach()) if fits else value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        old = before if isinstance(before, Mapping) else {}
+        return type(value)((key, on_host(item, old.get(key))) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        old = before if isinstance(before, (list, tuple)) and len(before) == len(value) else [None] * len(value)
+        return type(value)(on_host(item, was) for item, was in zip(value, old, strict=True))
+    return value
 
 
 def save(state: Mapping[str, Any], path: Path) -> None:
-    """Writes a checkpoint beside its place, flushes it to disk and moves it there: the old one stays until then.
+    """Writes a checkpoint with its checksum beside its place, verifies it and moves it there.
+
+    The old one stays until the new one is on disk and reads as it was written.
 
     Raises:
         UserError: If it cannot be written.
     """
-    write_beside(path, lambda beside: torch.save(dict(state), beside))
+    content = {name: value for name, value in state.items() if name != _CHECKSUM}
+    content[_CHECKSUM] = digest(content)
+
+    def write(beside: Path) -> None:
+        with open(beside, "wb") as file:
+            written = _HashingFile(file)
+            torch.save(content, written)
+            file.flush()
+            os.fsync(file.fileno())
+        if _hash_of(beside) != written.hasher.digest():
+            raise OSError("it does not read as it was written")
+
+    write_beside(path, write)
 
 
-def write_beside(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets a function write a file beside its place, flushes it to disk and moves it there.
+class _HashingFile:
+    """A file that is hashed on its way to the disk; unlike reading a checkpoint, that leaves Python to training."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.hasher = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.hasher.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _hash_of(path: Path) -> bytes:
+    hasher = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            hasher.update(chunk)
+    return hasher.digest()
+
+
+def write_beside(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets a function write a file beside its place, flushes it to disk and moves it there, for good.
 
     Args:
         path: The place.
@@ -42,14 +128,30 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
     beside = path.with_name(path.name + ".tmp")
     try:
         write(beside)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
+        _flush(beside)
         beside.replace(path)
+        _flush(path.parent)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         beside.unlink(missing_ok=True)
         raise UserError(
-            f"{path} cannot be written ({reason(error)}): free some space or choose another place"
+            f"{path} cannot be written ({reason(_disk_error(error) or error)}): free some space or choose another place"
         ) from None
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """What the disk said, which torch may hide behind an error of its own."""
+    while error and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def copy(source: Path, target: Path) -> None:
@@ -70,17 +172,25 @@ def copy(source: Path, target: Path) -> None:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU: a .pth file that holds no code, or .safetensors.
+    """Reads a checkpoint onto the CPU: a .pth file that holds no code, or .safetensors; verifies its checksum.
 
     Returns:
         The checkpoint's dict; a bare state dict comes back as {'model': state dict}.
 
     Raises:
-        UserError: If it is missing, or is no checkpoint.
+        UserError: If it is missing, damaged, or is no checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is no file: name a checkpoint")
+    state = _read(path)
+    content = {name: value for name, value in state.items() if name != _CHECKSUM}
+    if _CHECKSUM in state and state[_CHECKSUM] != digest(content):  # files from elsewhere have none
+        raise UserError(f"{path} is damaged (its checksum does not fit): name another file")
+    return state if isinstance(state.get("model"), Mapping) else {"model": state}
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return {"model": safetensors.torch.load_file(path)}
@@ -96,7 +206,7 @@ def load(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is no checkpoint ({reason(error)}): name another file") from None
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path} is no checkpoint (it holds a {type(state).__name__}): name another file")
-    return state if isinstance(state.get("model"), Mapping) else {"model": state}
+    return state
 
 
 def _foreign_types(path: Path) -> list[str]:
@@ -106,36 +216,147 @@ def _foreign_types(path: Path) -> list[str]:
         return []
 
 
+def name_of(epoch: int, place: int) -> str:
+    """The name of the checkpoint after so many epochs, and so many updates of the next one."""
+    return f"ckpt_epoch_{epoch}_update_{place}.pth" if place else f"ckpt_epoch_{epoch}.pth"
+
+
 def numbered(folder: Path) -> list[Path]:
     """The numbered checkpoints of a folder, oldest first."""
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return [path for _, path in _by_age(folder)]
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest numbered checkpoints."""
-    for path in numbered(folder)[:-keep]:
-        path.unlink()
+def _by_age(folder: Path) -> list[tuple[tuple[int, int], Path]]:
+    matches = [(_NUMBERED.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted(((int(match[1]), int(match[2] or 0)), path) for match, path in matches if match)
 
 
-def save_epoch(state: Mapping[str, Any], folder: Path, epoch: int, *, is_best: bool, number: bool, keep: int) -> None:
-    """Writes an epoch's checkpoint under its number, as best.pth if it is, and as last.pth; then prunes.
+def save_numbered(
+    state: Mapping[str, Any], folder: Path, epoch: int, place: int, *, is_best: bool, every: int, keep: int
+) -> None:
+    """Writes a checkpoint under its number, as best.pth if it is, and as last.pth; then removes old ones.
 
-    last.pth comes last: a run that is killed before does the epoch again, and with it the other files.
+    last.pth comes after the others: a run that is killed before goes on from an older one, and writes them again.
 
     Args:
         state: The checkpoint.
         folder: Where to.
         epoch: Epochs completed.
+        place: Updates of the next epoch.
         is_best: Whether no epoch before was better.
-        number: Whether to keep it as ckpt_epoch_<epoch>.pth too.
-        keep: How many numbered checkpoints to keep.
+        every: Epochs between checkpoints that are kept.
+        keep: How many of those to keep.
     """
-    path = folder / f"ckpt_epoch_{epoch}.pth"
+    path = folder / name_of(epoch, place)
     save(state, path)
     if is_best:
         copy(path, folder / BEST)
     copy(path, folder / LAST)
-    if not number:
-        path.unlink()
-    prune(folder, keep)
+    prune(folder, every, keep)
+
+
+def prune(folder: Path, every: int, keep: int) -> None:
+    """Removes numbered checkpoints but the newest ones, and the newest ones of every so many whole epochs.
+
+    Args:
+        folder: The run's.
+        every: Epochs between checkpoints that are kept.
+        keep: How many of those to keep.
+    """
+    found = _by_age(folder)
+    whole = [path for (epoch, place), path in found if place == 0 and epoch % every == 0]
+    kept = {*whole[-keep:], *(path for _, path in found[-_SPARE:])}
+    for _, path in found:
+        if path not in kept:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("%s cannot be removed (%s)", path, reason(error))
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a folder's run goes on from, the newest that is not damaged, and its path.
+
+    Returns:
+        None where the folder has no checkpoint.
+
+    Raises:
+        UserError: If all of them are damaged.
+    """
+    damaged = []
+    for path in _newest_first(folder):
+        try:
+            state = load(path)
+        except UserError as error:
+            damaged.append(path.name)
+            _log.warning("%s", error)
+            continue
+        if damaged:
+            _log.warning("going on from the one before: %s", path)
+        return path, state
+    if damaged:
+        raise UserError(
+            f"no checkpoint in {folder} can be read ({listing(damaged)}): put a copy of one back, "
+            "or choose another --tag to start afresh"
+        )
+    return None
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    """last.pth, then the others of the run from the newest on; one file under two names comes once."""
+    if not folder.is_dir():
+        return
+    seen = set()
+    for path in (folder / LAST, *reversed(numbered(folder)), folder / BEST):
+        if path.is_file() and path.stat().st_ino not in seen:
+            seen.add(path.stat().st_ino)
+            yield path
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has checkpoints, damaged or not."""
+    return next(_newest_first(folder), None) is not None
+
+
+def remove_after(folder: Path, epoch: int, place: int, keep: bool) -> None:
+    """Clears away numbered checkpoints that lie after the place that a run goes on from: it will write them again.
+
+    Args:
+        folder: The run's.
+        epoch: Epochs completed.
+        place: Updates of the next epoch.
+        keep: Whether to rename them to *.old instead.
+    """
+    for number, path in _by_age(folder):
+        if number > (epoch, place):
+            if keep:
+                path.replace(path.with_name(f"{path.name}.old"))
+            else:
+                path.unlink()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a killed run was writing."""
+    for path in folder.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def check_space(folder: Path, size: int, keep: int) -> None:
+    """Refuses a disk that cannot hold a run's checkpoints.
+
+    Args:
+        folder: Where they go.
+        size: Bytes of one.
+        keep: How many are kept, beside the best, the newest ones and the one that is being written.
+
+    Raises:
+        UserError: If there is too little space.
+    """
+    count = keep + 1 + _SPARE + 1
+    held = sum({path.stat().st_ino: path.stat().st_size for path in folder.glob("*.pth")}.values())
+    free = shutil.disk_usage(folder).free
+    if free + held < size * count:
+        raise UserError(
+            f"{folder} has {free / 2**20:.0f} MiB free, but {count} checkpoints of {size / 2**20:.0f} MiB must fit: "
+            "free some space, lower KEEP, or choose another --output"
+        )

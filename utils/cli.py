@@ -4,11 +4,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 from yacs.config import CfgNode
 
 from utils.config import check, load_config, merge, merge_options
-from utils.errors import BrokenDataError, UserError
+from utils.errors import BrokenDataError, LostRankError, Stopped, UserError, reason
 
 # flag -> the key that it overrides
 _KEYS = {
@@ -26,20 +28,43 @@ _KEYS = {
     "seed": "SEED",
     "eval": "EVAL_MODE",
     "throughput": "THROUGHPUT_MODE",
+    "allow_changes": "TRAIN.ALLOW_CHANGES",
+    "elastic": "TRAIN.ELASTIC",
     "model_type": "MODEL.TYPE",
 }
 _MODEL_FILE = "groupmixformer.py"
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line as all others are, and which takes no abbreviations."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what `run` turns into a line."""
+        raise UserError(f"{message}: --help tells the flags")
+
+
+def make_parser(description: str) -> Parser:
     """The flags of the published command line and a few more; none has a default, so only what is given overrides."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = Parser(description)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="configuration, such as those in configs/")
-    parser.add_argument("--opts", nargs="+", metavar="KEY VALUE", help="keys of the configuration to override")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", metavar="KEY VALUE", help="keys of the configuration to override"
+    )
     parser.add_argument("--data-path", metavar="DIR", help="folder that holds train/ and val/")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images of one micro-batch on each rank")
     parser.add_argument("--pretrained", metavar="FILE", help="weights to start from or to score")
     parser.add_argument("--resume", metavar="FILE", help="checkpoint to go on from")
+    parser.add_argument(
+        "--allow-changes", action="store_true", default=None, help="go on with a run under other settings"
+    )
+    parser.add_argument(
+        "--elastic", action="store_true", default=None, help="go on with a run on another number of ranks"
+    )
     parser.add_argument("--accumulation-steps", type=int, metavar="N", help="micro-batches of one update")
     parser.add_argument("--use-checkpoint", action="store_true", default=None, help="recompute activations")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], help="arithmetic of the network")
@@ -78,24 +103,41 @@ def config_from(arguments: argparse.Namespace) -> CfgNode:
             for part in reversed(name.split(".")):
                 value = {part: value}
             merge(config, value, f"--{flag.replace('_', '-')}")
-    check(config)
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{arguments.cfg} with the flags: {error}") from None
+    for path in (config.MODEL.RESUME, config.MODEL.PRETRAINED):
+        if path and not Path(path).is_file():
+            raise UserError(f"{path} is no file: name a checkpoint")
     return config
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a program; an error that the user can mend becomes one line and exit code 2.
+    """Runs a program; an error that the user can mend becomes one line and exit code 2, a signal 128 + its number.
 
-    Every rank meets the same bad input, so only the first of each machine speaks; broken data only one may meet.
+    Every rank meets the same error, so only the first of each machine speaks; a lost rank, and data that a loader's
+    process cannot read, not every rank may meet.
     """
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, BrokenDataError):
-            # A loader's worker hands its error over with a traceback above it; the message is the last line.
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, (BrokenDataError, LostRankError)):
+            # A loader's process hands its error over with a traceback above it; the message is the last line.
             message = (
                 str(error).splitlines()[-1].removeprefix(f"{BrokenDataError.__module__}.{BrokenDataError.__name__}: ")
             )
             print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        print(
+            f"error: {reason(error)}: where memory ran out, lower DATA.NUM_WORKERS; then start the same command again",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         sys.exit(130)

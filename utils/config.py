@@ -6,12 +6,12 @@ A key that is not listed here is an error, and so is a value of another type. Va
 
 import difflib
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from yacs.config import CfgNode
 
 from utils.errors import UserError, listing
@@ -29,10 +29,12 @@ def default_config() -> CfgNode:
                 "BATCH_SIZE": 128,  # on each rank, for one micro-batch
                 "IMG_SIZE": 224,
                 "INTERPOLATION": "bicubic",
-                "MEAN": list(IMAGENET_DEFAULT_MEAN),
-                "STD": list(IMAGENET_DEFAULT_STD),
+                "MEAN": [0.485, 0.456, 0.406],  # of ImageNet's pixels
+                "STD": [0.229, 0.224, 0.225],
                 "NUM_WORKERS": 8,  # on each rank, at most as many as it has cores
                 "PIN_MEMORY": True,
+                "ON_ERROR": "stop",  # at a broken image; or skip: another one takes its place, in training only
+                "MAX_BROKEN": 0.01,  # share of the training images that may be broken
             },
             "MODEL": {
                 "TYPE": "groupmixformer",
@@ -67,6 +69,12 @@ def default_config() -> CfgNode:
                 "LAYER_DECAY": 1.0,  # below 1: each layer's learning rate is this much below the next one's
                 "CLIP_GRAD": 5.0,  # largest gradient norm of an update; 0: no clipping
                 "AUTO_RESUME": True,
+                "ALLOW_CHANGES": False,  # go on with a run under other settings
+                "ELASTIC": False,  # go on with a run on another number of ranks
+                "SAVE_UPDATES": 0,  # updates between checkpoints inside an epoch; 0: none
+                "SAVE_MINUTES": 15.0,  # minutes after which the next update inside an epoch is saved; 0: never
+                "ON_NONFINITE": "stop",  # at a loss that is no number; or skip: leave the batch out
+                "MAX_LEFT_OUT": 20,  # so many updates in a row left out, for that or under the fp16 scaler, end the run
                 "ACCUMULATION_STEPS": 1,
                 "USE_CHECKPOINT": False,  # recompute activations in the backward pass
                 "EMA_DECAY": 0.0,  # 0: no moving average
@@ -94,6 +102,8 @@ def default_config() -> CfgNode:
             },
             "TEST": {"CROP": True},  # False: squash the whole image into the square
             "DEVICE": "auto",
+            "RANK_TIMEOUT": 600,  # seconds that ranks wait for one another
+            "DETERMINISTIC": False,  # on a GPU: the same bits on every run, slower
             "PRECISION": "auto",  # of training: bf16 or fp16 on a GPU, fp32 on a CPU
             "CHANNELS_LAST": True,
             "AMP_OPT_LEVEL": "",  # apex's name for PRECISION: O0 is fp32, O1 and O2 are fp16
@@ -111,6 +121,8 @@ def default_config() -> CfgNode:
 
 _CHOICES = {
     "MODEL.TYPE": ("groupmixformer",),
+    "DATA.ON_ERROR": ("stop", "skip"),
+    "TRAIN.ON_NONFINITE": ("stop", "skip"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "AUG.REMODE": ("pixel", "rand", "const"),
@@ -125,6 +137,11 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "DATA.BATCH_SIZE": (1, math.inf, "images"),
     "DATA.IMG_SIZE": (32, math.inf, "pixels"),
     "DATA.NUM_WORKERS": (0, math.inf, "processes"),
+    "DATA.MAX_BROKEN": (0, 1, "a share"),
+    "TRAIN.SAVE_UPDATES": (0, math.inf, "updates, 0 for none inside an epoch"),
+    "TRAIN.SAVE_MINUTES": (0, math.inf, "minutes, 0 for never"),
+    "TRAIN.MAX_LEFT_OUT": (1, math.inf, "updates"),
+    "RANK_TIMEOUT": (1, 86400, "seconds"),
     "MODEL.LABEL_SMOOTHING": (0, 0.999, "a share"),
     "MODEL.GMA.IN_DIM": (1, math.inf, "channels"),
     "MODEL.GMA.NUM_CLASSES": (0, math.inf, "classes, 0 to take them from the data"),
@@ -185,6 +202,8 @@ class _Loader(yaml.SafeLoader):
 def _read_yaml(path: Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{path} is no configuration: name a .yaml file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file: name a .yaml file")
     try:
         values = yaml.load(path.read_text(), Loader=_Loader)
     except FileNotFoundError:
@@ -194,7 +213,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: {error.problem or error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: a date that is none
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no keys: write KEY: value lines, as in configs/")
@@ -212,8 +231,8 @@ def load_config(path: str | Path) -> CfgNode:
     return config
 
 
-def _merge_file(config: CfgNode, path: Path, above: tuple[Path, ...]) -> None:
-    if path.resolve() in above:
+def _merge_file(config: CfgNode, path: Path, above: tuple[str, ...]) -> None:
+    if os.path.realpath(path) in above:
         raise UserError(f"{path}: BASE leads back to the file itself: break the circle")
     values = _read_yaml(path)
     bases = values.pop("BASE", None) or []
@@ -222,7 +241,7 @@ def _merge_file(config: CfgNode, path: Path, above: tuple[Path, ...]) -> None:
         raise UserError(f"{path}: BASE is {bases!r}: name a file, or a list of files")
     for base in bases:
         if base:
-            _merge_file(config, path.parent / base, (*above, path.resolve()))
+            _merge_file(config, path.parent / base, (*above, os.path.realpath(path)))
     merge(config, values, str(path))
 
 

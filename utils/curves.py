@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from utils.checkpoint import write_beside
 from utils.logger import read_metrics
 
 _BLUE, _ORANGE, _GREY = "#2f6f9f", "#d9742b", "#b0b0b0"
@@ -34,7 +35,7 @@ def draw_curves(folder: Path, updates_per_epoch: int) -> None:
     _draw(axes[1, 1], updates, {"grad_norm": ("", _BLUE)}, "gradient norm")
     for axis in axes[1]:
         axis.set_xlabel("epoch")
-    FigureCanvasAgg(figure).print_png(str(folder / "curves.png"))
+    write_beside(folder / "curves.png", lambda beside: FigureCanvasAgg(figure).print_png(str(beside)))
 
 
 def _draw(axis: Axes, lines: list[dict[str, Any]], curves: dict[str, tuple[str, str]], title: str) -> None:

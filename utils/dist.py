@@ -1,15 +1,22 @@
 """Rank, world and device, and sums over ranks; without a process group every function is a no-op."""
 
+import datetime
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
-from utils.errors import UserError
+from utils.errors import LostRankError, UserError, listing, reason
+
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,15 @@ def choose_device(name: str, local_rank: int, local_size: int) -> torch.device:
 
 
 @contextmanager
-def world(device: str = "auto") -> Iterator[World]:
+def world(device: str = "auto", timeout_s: float = 600) -> Iterator[World]:
     """Joins the processes that `torchrun` or `torch.distributed.launch` started, and leaves them at the end.
 
     Args:
         device: As in `choose_device`.
+        timeout_s: Seconds after which a rank that does not answer counts as lost.
+
+    Raises:
+        LostRankError: If another rank dies or hangs.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -72,14 +83,55 @@ def world(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(rank, size, chosen)
         return
-    if chosen.type == "cuda":
-        torch_dist.init_process_group("nccl", device_id=chosen)
-    else:
-        torch_dist.init_process_group("gloo")
     try:
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store = _fresh_store(rank, size, timeout)
+        settings = {"store": store, "rank": rank, "world_size": size, "timeout": timeout}
+        if chosen.type == "cuda":
+            torch_dist.init_process_group("nccl", device_id=chosen, **settings)
+        else:
+            torch_dist.init_process_group("gloo", **settings)
         yield World(rank, size, chosen, local_size)
-    finally:
-        torch_dist.destroy_process_group()
+    except RuntimeError as error:
+        if not _lost_rank(error):
+            raise
+        why = reason(error).rpartition("] ")[2].partition(". ")[0]  # without gloo's source line, and its advice
+        raise LostRankError(
+            f"rank {rank} lost another rank, which died or did not answer for {timeout_s:g} s ({why}): "
+            "see what that rank said, then start the same command again"
+        ) from None
+    torch_dist.destroy_process_group()  # not after an error, when it could wait for ranks that are gone
+
+
+def _fresh_store(rank: int, size: int, timeout: datetime.timedelta) -> torch_dist.Store:
+    """The store through which the ranks find one another, under a name that is new for each start.
+
+    torchrun keeps one store over restarts, in which a rank would find the addresses of those that died. So rank 0
+    makes up a name and gives it to every rank that greets it now; what dead ones left behind does no harm.
+    """
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+    store.set_timeout(timeout)
+    if rank > 0:
+        greeting = uuid.uuid4().hex
+        store.set(f"hello {rank}", greeting)
+        name = store.get(f"welcome {greeting}").decode()
+        store.set(f"thanks {name} {rank}", "")
+        return torch_dist.PrefixStore(name, store)
+    name, patience = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    missing = list(range(1, size))
+    while missing:
+        if time.monotonic() > patience:
+            raise torch_dist.DistStoreError(f"ranks {listing(missing)} did not start")
+        for other in missing:
+            if store.check([f"hello {other}"]):
+                store.set(f"welcome {store.get(f'hello {other}').decode()}", name)
+        time.sleep(_POLL_S)
+        missing = [other for other in missing if not store.check([f"thanks {name} {other}"])]
+    return torch_dist.PrefixStore(name, store)
+
+
+def _lost_rank(error: RuntimeError) -> bool:
+    return isinstance(error, torch_dist.DistError) or "gloo" in str(error).lower()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -96,16 +148,43 @@ def broadcast_buffers(module: nn.Module) -> None:
             torch_dist.broadcast(buffer, src=0)
 
 
-def same_on_all_ranks(number: int, device: torch.device) -> bool:
-    """Whether all ranks came with the same number; every rank must ask."""
+def gather(values: Tensor) -> Tensor:
+    """The tensors [n] of all ranks as [ranks, n], in the order of the ranks."""
     if not torch_dist.is_initialized():
-        return True
-    bounds = torch.tensor([number, -number], device=device)
-    torch_dist.all_reduce(bounds, torch_dist.ReduceOp.MAX)
-    return bounds[0].item() == -bounds[1].item()
+        return values[None]
+    table = values.new_empty(torch_dist.get_world_size() * len(values))
+    torch_dist.all_gather_into_tensor(table, values)
+    return table.view(-1, len(values))
 
 
-def barrier() -> None:
-    """Waits for all ranks."""
-    if torch_dist.is_initialized():
-        torch_dist.barrier()
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on some rank."""
+    return bool(gather(torch.tensor([float(flag)], device=device)).any())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, of types that pickle can carry, in the order of the ranks."""
+    if not torch_dist.is_initialized():
+        return [value]
+    values = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails on one rank fails on all: every rank enters, and no rank may wait for another inside.
+
+    Raises:
+        UserError: On all ranks, the first rank's that has one.
+    """
+    problem = ""
+    try:
+        yield
+    except UserError as error:
+        if not torch_dist.is_initialized():
+            raise
+        problem = str(error)
+    for other in gather_objects(problem):
+        if other:
+            raise UserError(other)

@@ -2,12 +2,10 @@
 
 import datetime
 import math
-import resource
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -16,15 +14,17 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.dist import World, sum_over_ranks
-from utils.errors import UserError
+from utils.dist import World, any_rank, gather, gather_objects
+from utils.errors import BrokenDataError, NotFiniteError, Stopped, UserError
+from utils.meter import Meter, Report
 from utils.metrics import Score, ScoreSums
 from utils.optim import Precision, Steps
+from utils.progress import Progress
 from utils.seeding import number_for, seed_everything
 
 
 class Batches(Sized, Iterable[Any], Protocol):
-    """A loader of (images [B, C, H, W], class numbers [B])."""
+    """A loader of (images [B, C, H, W], class numbers [B], complaints about broken images: B texts, mostly empty)."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,10 @@ class Training:
         steps: Steps and updates of the run.
         batch_size: Images of a micro-batch on each rank.
         clip_grad: Largest gradient norm of an update, 0 for no clipping.
+        most_left_out: Updates in a row that the loss scaler may leave out.
         seed: The run's.
         memory_format: Layout of the images.
+        progress: How far the run is.
     """
 
     network: nn.Module
@@ -62,184 +64,224 @@ class Training:
     steps: Steps
     batch_size: int
     clip_grad: float
+    most_left_out: int
     seed: int
     memory_format: torch.memory_format
+    progress: Progress
 
 
-@dataclass(frozen=True)
-class Report:
-    """How training goes, averaged since the last report, over all ranks.
+class Watch:
+    """What the training loop tells, and asks, between updates; as it stands here it does nothing."""
 
-    Attributes:
-        epoch: Number of the epoch, from 0.
-        update: Updates completed in the run.
-        update_in_epoch: Updates completed in the epoch.
-        loss: Mean loss.
-        grad_norm: Mean norm of the gradients before clipping.
-        lr: Largest learning rate of the last update.
-        seconds: Time of an update.
-        data_share: Share of the time spent waiting for data.
-        images_per_s: Images per second, over all ranks.
-        memory_mb: Peak memory, of the GPU where there is one.
-    """
+    def alarm(self) -> tuple[int, bool]:
+        """The signal that asks this rank to stop, or 0; and whether this rank failed to write something."""
+        return 0, False
 
-    epoch: int
-    update: int
-    update_in_epoch: int
-    loss: float
-    grad_norm: float
-    lr: float
-    seconds: float
-    data_share: float
-    images_per_s: float
-    memory_mb: float
+    def on_broken(self, complaints: list[str]) -> None:
+        """Told about broken images of all ranks, on all ranks, before their update.
+
+        Raises:
+            UserError: Where the update must not be taken.
+        """
+        raise BrokenDataError(complaints[0])
+
+    def on_update(self, signal: int, failed: bool) -> None:
+        """Told after each update, on all ranks, what the alarms of all ranks were before it."""
+
+    def on_report(self, report: Report) -> None:
+        """Told how training goes."""
 
 
-def train_one_epoch(
-    run: Training, loader: Batches, epoch: int, report_every: int, report: Callable[[Report], None]
-) -> None:
-    """Trains for one epoch.
+def train_one_epoch(run: Training, loader: Batches, report_every: int, watch: Watch) -> None:
+    """Trains to the end of the epoch that the run is in.
 
     Args:
         run: All that an update needs.
-        loader: Micro-batches of this rank for this epoch.
-        epoch: Number of the epoch, from 0.
+        loader: Micro-batches of this rank for this epoch, from the place that the run has reached.
         report_every: Updates between reports; the last update of an epoch is always reported.
-        report: Called with each report.
+        watch: Told what happens.
 
     Raises:
-        UserError: If the loss or, outside fp16, a gradient is not finite (all ranks raise it at the same report), or
-            the loader gives fewer batches than an epoch has.
+        NotFiniteError: If the loss or the gradients of an update are no numbers on some rank; all ranks raise it, and
+            the update is not taken. Under the loss scaler this is normal, and the update is left out.
+        UserError: If too many updates in a row are left out, or the loader gives fewer batches than an epoch has.
     """
     run.model.train()
-    device, steps = run.world.device, run.steps
-    first_update = epoch * steps.updates_per_epoch
-    meter = _Meter(run)
-    bar = tqdm(total=steps.updates_per_epoch, desc=f"epoch {epoch}", disable=None if run.world.is_main else True)
-    waiting_since = time.perf_counter()
-    taken = 0
-    for step, (images, targets) in enumerate(islice(loader, steps.steps_per_epoch)):
-        taken = step + 1
-        update_in_epoch, micro_step = divmod(step, steps.accumulation)
-        update, micro_steps = first_update + update_in_epoch, steps.steps_of_update(update_in_epoch)
-        is_last = micro_step == micro_steps - 1
-        images = images.to(device, non_blocking=True, memory_format=run.memory_format)
-        targets = targets.to(device, non_blocking=True)
-        meter.data_seconds += time.perf_counter() - waiting_since
-        meter.loss += _accumulate(run, images, targets, (update, micro_step), micro_steps, synchronise=is_last)
-        if is_last:
-            meter.grad_norm += _update(run, update)
-            meter.updates, meter.micro_steps = meter.updates + 1, meter.micro_steps + micro_steps
+    progress, steps, world = run.progress, run.steps, run.world
+    meter, batches = Meter(world.device), iter(loader)
+    with tqdm(
+        total=steps.updates_per_epoch,
+        initial=progress.place,
+        desc=f"epoch {progress.epoch}",
+        disable=None if world.is_main else True,
+    ) as bar:
+        while progress.place < steps.updates_per_epoch:
+            signal, failed = _take_update(run, batches, meter, watch)
             bar.update()
-            if (update_in_epoch + 1) % report_every == 0 or update_in_epoch + 1 == steps.updates_per_epoch:
-                latest = meter.report(epoch, update + 1, update_in_epoch + 1)
+            if progress.place % report_every == 0 or progress.place == steps.updates_per_epoch:
+                lr = max(group["lr"] for group in run.optimizer.param_groups)
+                latest = meter.report(progress, steps.updates_per_epoch, lr)
                 left = datetime.timedelta(seconds=int(latest.seconds * (steps.updates - latest.update)))
                 bar.set_postfix_str(
                     f"loss {latest.loss:.3f}, lr {latest.lr:.2e}, {latest.images_per_s:.0f} images/s, run left {left}"
                 )
-                report(latest)
-                meter = _Meter(run)
-        waiting_since = time.perf_counter()
-    bar.close()
-    if taken < steps.steps_per_epoch:
-        raise UserError(
-            f"the data gave {taken} of {steps.steps_per_epoch} batches in epoch {epoch}: a stream's shards are missing "
-            "or hold fewer images than its index says; mend them"
-        )
+                watch.on_report(latest)
+            watch.on_update(signal, failed)
 
 
-def _accumulate(
-    run: Training, images: Tensor, targets: Tensor, where: tuple[int, int], micro_steps: int, synchronise: bool
-) -> Tensor:
-    """Adds a micro-batch's share of the gradients, and returns its share of the loss."""
-    seed_everything(number_for(run.seed, "step", *where, run.world.rank))
-    if run.mixup:
-        images, targets = run.mixup(images, targets)
-    distributed = hasattr(run.model, "no_sync")
-    with run.model.no_sync() if distributed and not synchronise else nullcontext():
-        with run.precision.autocast():
-            loss = run.criterion(run.model(images), targets) / micro_steps
-        run.scaler.scale(loss).backward()
-    return loss.detach().double()
-
-
-def _update(run: Training, update: int) -> Tensor:
-    """Takes an optimizer step of a given number, and returns the norm of its gradients before clipping."""
-    run.scheduler.step_update(update)
+def _take_update(run: Training, batches: Iterator[Any], meter: Meter, watch: Watch) -> tuple[int, bool]:
+    """Takes the update of the place that the run is at, or leaves it out; returns the alarms of all ranks."""
+    progress = run.progress
+    micro_steps = run.steps.steps_of_update(progress.place)
+    meter.add_update(micro_steps * run.batch_size * run.world.size)
+    if (progress.epoch, progress.place) in progress.skip:
+        for _ in range(micro_steps):
+            _next(run, batches, meter)
+        progress.leave_out()
+        return 0, False
+    # A forward pass that overflows under the loss scaler spoils the running statistics of batch norms, too.
+    buffers = [buffer.clone() for buffer in run.network.buffers()] if run.scaler.is_enabled() else []
+    loss, complaints = _accumulate(run, batches, micro_steps, meter)
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.network.parameters(), run.clip_grad or math.inf)
-    run.scaler.step(run.optimizer)
+    votes = _vote(run, loss, norm, len(complaints), *watch.alarm())
+    if votes.complaints:
+        watch.on_broken([complaint for of_rank in gather_objects(complaints) for complaint in of_rank])
+    if votes.are_finite:
+        run.scheduler.step_update(progress.updates)
+        run.scaler.step(run.optimizer)
+        progress.take(math.fsum(votes.losses) / run.world.size, votes.grad_norm)
+        if run.ema:
+            run.ema.update(run.network, step=progress.updates)
+    else:
+        _leave_out(run, votes, buffers)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    if run.ema:
-        run.ema.update(run.network, step=update + 1)
-    return norm.double()
+    return votes.signal, votes.failed
 
 
-class _Meter:
-    """Sums between two reports, kept on the device so that no step waits for it."""
+def _accumulate(run: Training, batches: Iterator[Any], micro_steps: int, meter: Meter) -> tuple[Tensor, list[str]]:
+    """Adds up the gradients of an update's micro-batches; returns its loss, and complaints about its images."""
+    place = run.progress.epoch * run.steps.updates_per_epoch + run.progress.place
+    total, complaints = torch.zeros((), dtype=torch.float64, device=run.world.device), []
+    for micro_step in range(micro_steps):
+        images, targets, of_batch = _next(run, batches, meter)
+        complaints += filter(None, of_batch)
+        seed_everything(number_for(run.seed, "step", place, micro_step, run.world.rank))
+        if run.mixup:
+            images, targets = run.mixup(images, targets)
+        is_last = micro_step == micro_steps - 1
+        with run.model.no_sync() if hasattr(run.model, "no_sync") and not is_last else nullcontext():
+            with run.precision.autocast():
+                loss = run.criterion(run.model(images), targets) / micro_steps
+            run.scaler.scale(loss).backward()
+        total += loss.detach().double()
+    return total, complaints
 
-    def __init__(self, run: Training) -> None:
-        self._run = run
-        self._start = time.perf_counter()
-        self.loss = torch.zeros((), dtype=torch.float64, device=run.world.device)
-        self.grad_norm = torch.zeros((), dtype=torch.float64, device=run.world.device)
-        self.updates = self.micro_steps = 0
-        self.data_seconds = 0.0
 
-    def report(self, epoch: int, update: int, update_in_epoch: int) -> Report:
-        run = self._run
-        sums = sum_over_ranks(torch.stack((self.loss, self.grad_norm)))
-        loss, grad_norm = (sums / (run.world.size * self.updates)).tolist()
-        elapsed = time.perf_counter() - self._start
-        # Under the fp16 scaler a gradient that is not finite is normal: the scaler leaves that update out.
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
-            raise UserError(
-                f"the loss became {loss} and the gradient norm {grad_norm} by update {update} (epoch {epoch}); no "
-                "checkpoint of it was written: lower TRAIN.BASE_LR, set TRAIN.CLIP_GRAD, or try --precision fp32"
-            )
-        return Report(
-            epoch=epoch,
-            update=update,
-            update_in_epoch=update_in_epoch,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=max(group["lr"] for group in run.optimizer.param_groups),
-            seconds=elapsed / self.updates,
-            data_share=self.data_seconds / elapsed,
-            images_per_s=self.micro_steps * run.batch_size * run.world.size / elapsed,
-            memory_mb=_peak_memory_mb(run.world.device),
+def _next(run: Training, batches: Iterator[Any], meter: Meter) -> tuple[Tensor, Tensor, list[str]]:
+    since = time.perf_counter()
+    batch = next(batches, None)
+    if batch is None:
+        raise UserError(
+            f"the data gave fewer than the {run.steps.steps_per_epoch} batches of epoch {run.progress.epoch}: "
+            "a stream's shards are missing or hold fewer images than its index says; mend them"
         )
+    images, targets, complaints = batch
+    images = images.to(run.world.device, non_blocking=True, memory_format=run.memory_format)
+    targets = targets.to(run.world.device, non_blocking=True)
+    meter.add_data_seconds(time.perf_counter() - since)
+    return images, targets, complaints
 
 
-def _peak_memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+@dataclass(frozen=True)
+class _Votes:
+    """What all ranks know before an update is taken: the losses of all, how many complaints, what alarms."""
+
+    losses: list[float]
+    grad_norm: float
+    complaints: int
+    signal: int
+    failed: bool
+
+    @property
+    def are_finite(self) -> bool:
+        return all(map(math.isfinite, (*self.losses, self.grad_norm)))
+
+
+def _vote(run: Training, loss: Tensor, norm: Tensor, complaints: int, signal: int, failed: bool) -> _Votes:
+    """Exchanges in one small message what every rank must know, and waits for this update's numbers once."""
+    own = torch.tensor([complaints, signal, failed], dtype=torch.float64, device=loss.device)
+    table = gather(torch.cat([loss[None], own]))
+    *rows, grad_norm = torch.cat([table.flatten(), norm.detach().double()[None]]).tolist()
+    losses, complaints_of, signals, failures = (rows[column::4] for column in range(4))
+    return _Votes(losses, grad_norm, int(sum(complaints_of)), int(max(signals)), any(failures))
+
+
+def _leave_out(run: Training, votes: _Votes, buffers: list[Tensor]) -> None:
+    progress = run.progress
+    where = f"update {progress.place + 1} of epoch {progress.epoch}"
+    losses = ", ".join(f"{loss} on rank {rank}" for rank, loss in enumerate(votes.losses) if not math.isfinite(loss))
+    what = f"the loss became {losses}" if losses else f"the norm of the gradients became {votes.grad_norm}"
+    if not run.scaler.is_enabled():
+        run.optimizer.zero_grad(set_to_none=True)
+        raise NotFiniteError(f"{what} at {where}", votes.losses, votes.grad_norm)
+    for buffer, before in zip(run.network.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    progress.leave_out()
+    if progress.left_out_in_row >= run.most_left_out:
+        raise UserError(
+            f"{what} at {where}, and {progress.left_out_in_row} updates in a row were left out: lower TRAIN.BASE_LR, "
+            "set TRAIN.CLIP_GRAD, or use --precision bf16 or fp32"
+        )
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, loader: Batches, world: World, precision: Precision, images: int = 0) -> Score:
+def evaluate(
+    network: nn.Module,
+    loader: Batches,
+    world: World,
+    precision: Precision,
+    images: int = 0,
+    rounds: int = 0,
+    asked_to_stop: Callable[[], int] = int,
+) -> Score:
     """Scores a network on this rank's share of a data set, and adds the shares of all ranks.
 
     Args:
-        network: The bare network: no rank waits for another while it runs, so the shares may differ in size.
+        network: The bare network, which waits for no other rank.
         loader: This rank's images.
         world: This process among all.
         precision: How to compute.
         images: How many images all ranks together must score; 0 if that is not known.
+        rounds: Batches that every rank has; a rank that must stop tells the others after each of them.
+        asked_to_stop: Gives the signal that asks this rank to stop, or 0.
 
     Raises:
+        BrokenDataError: If an image is broken on some rank; all ranks raise it.
         UserError: If another number, or none, was scored; all ranks raise it.
+        Stopped: If some rank is asked to stop; all ranks raise it.
     """
     network.eval()
     sums = ScoreSums(world.device)
-    for inputs, targets in tqdm(loader, desc="scoring", leave=False, disable=None if world.is_main else True):
-        inputs = inputs.to(world.device, non_blocking=True)
-        targets = targets.to(world.device, non_blocking=True)
-        with precision.autocast():
-            logits = network(inputs)
-        sums.add(logits, targets)
+    complaint, signal = "", 0
+    for number, (inputs, targets, complaints) in enumerate(
+        tqdm(loader, desc="scoring", leave=False, disable=None if world.is_main else True)
+    ):
+        complaint, signal = complaint or next(filter(None, complaints), ""), signal or asked_to_stop()
+        if number < rounds and any_rank(bool(complaint or signal), world.device):
+            break
+        if not complaint:
+            inputs = inputs.to(world.device, non_blocking=True)
+            targets = targets.to(world.device, non_blocking=True)
+            with precision.autocast():
+                logits = network(inputs)
+            sums.add(logits, targets)
+    told = gather_objects((complaint, signal or asked_to_stop()))
+    if complaints := [complaint for complaint, _ in told if complaint]:
+        raise BrokenDataError(f"{complaints[0]}: mend or remove it")
+    if signal := max(signal for _, signal in told):
+        raise Stopped(signal)
     score = sums.total()
     if score.images == 0 or images not in (0, score.images):
         raise UserError(

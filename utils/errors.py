@@ -9,6 +9,35 @@ class BrokenDataError(UserError):
     """An image cannot be read, which only the rank that reads it meets."""
 
 
+class LostRankError(UserError):
+    """Another rank died or hangs, which each of the others meets by itself."""
+
+
+class NotFiniteError(UserError):
+    """The loss or the gradients of an update are no numbers; all ranks meet it before the update is taken.
+
+    Attributes:
+        losses: The loss on each rank.
+        grad_norm: The norm of the gradients, which all ranks share.
+    """
+
+    def __init__(self, message: str, losses: list[float], grad_norm: float) -> None:
+        super().__init__(message)
+        self.losses, self.grad_norm = losses, grad_norm
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; its checkpoint is written.
+
+    Attributes:
+        signal: The signal's number.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal
+
+
 def reason(error: BaseException) -> str:
     """An error in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -4,15 +4,20 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from logging.handlers import MemoryHandler
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from utils.checkpoint import write_beside
+from utils.errors import UserError
+
 _FORMAT = "%(asctime)s %(message)s"
+_MOST_EARLY_LINES = 1000
 
 
 class _ConsoleHandler(logging.Handler):
@@ -24,8 +29,9 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if not (self._has_bar and getattr(record, "progress", False)):
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
+            with suppress(OSError):  # a terminal that was closed
+                tqdm.write(self.format(record), file=sys.stdout)
+                sys.stdout.flush()
 
 
 def setup_logging(is_main: bool, folder: Path | None = None) -> None:
@@ -35,18 +41,29 @@ def setup_logging(is_main: bool, folder: Path | None = None) -> None:
         is_main: Whether this is rank 0.
         folder: Where the file goes, if anywhere.
     """
-    root = logging.getLogger()
+    root, formatter = logging.getLogger(), logging.Formatter(_FORMAT, datefmt="%Y-%m-%d %H:%M:%S")
+    kept: logging.Handler = MemoryHandler(_MOST_EARLY_LINES, flushLevel=logging.CRITICAL + 1)
+    if is_main and folder:
+        kept = _FileHandler(folder / "log_rank0.txt")
+        kept.setFormatter(formatter)
     for handler in list(root.handlers):
+        if isinstance(handler, MemoryHandler) and isinstance(kept, _FileHandler):
+            handler.setTarget(kept)  # what was said before the folder was known
         root.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [_ConsoleHandler(has_bar=sys.stderr.isatty())]
-    if is_main and folder:
-        handlers.append(logging.FileHandler(folder / "log_rank0.txt"))
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%Y-%m-%d %H:%M:%S"))
+    console = _ConsoleHandler(has_bar=sys.stderr.isatty())
+    console.setFormatter(formatter)
+    for handler in (console, kept):
         root.addHandler(handler)
     logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # it warns of the @ in the published tags
     root.setLevel(logging.INFO if is_main else logging.ERROR)
+
+
+class _FileHandler(logging.FileHandler):
+    """Writes a log file; a full disk is told of by what is written beside it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says nothing."""
 
 
 class MetricsLog:
@@ -55,15 +72,23 @@ class MetricsLog:
     Args:
         folder: The run's folder, or None to write nothing.
         update: Updates that the run has completed; what was logged after them will be logged again.
+        is_scored: Whether the epoch that ends with that update, if one does, has been scored too.
+
+    Raises:
+        UserError: If they cannot be written.
     """
 
-    def __init__(self, folder: Path | None, update: int = 0) -> None:
+    def __init__(self, folder: Path | None, update: int = 0, is_scored: bool = True) -> None:
         self._path = folder / "metrics.jsonl" if folder else None
         self._writer = None
-        if self._path:
+        if folder and self._path:
             lines = [line for line in read_metrics(self._path) if line["update"] <= update]
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            self._writer = SummaryWriter(str(folder / "runs"), purge_step=update + 1)
+            if not is_scored:
+                lines = [line for line in lines if line["update"] < update or "acc1" not in line]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            write_beside(self._path, lambda beside: beside.write_text(text))
+            with self._writing():
+                self._writer = SummaryWriter(str(folder / "runs"), purge_step=update + 1)
 
     def write(self, values: Mapping[str, float | int], tags: Mapping[str, float]) -> None:
         """Writes one line, and TensorBoard scalars.
@@ -71,23 +96,34 @@ class MetricsLog:
         Args:
             values: The line; has the key 'update'. What is not finite is written as null.
             tags: Scalars by their TensorBoard tags.
+
+        Raises:
+            UserError: If they cannot be written.
         """
         if self._path and self._writer:
-            with open(self._path, "a") as file:
-                line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            with self._writing(), open(self._path, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            for tag, value in tags.items():
-                self._writer.add_scalar(tag, value, values["update"])
-            self._writer.flush()  # a killed run leaves what it told
+                file.flush()
+                for tag, value in tags.items():
+                    self._writer.add_scalar(tag, value, values["update"])
+                self._writer.flush()  # a killed run leaves what it told
 
-    def __enter__(self) -> "MetricsLog":
-        return self
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written ({error.strerror}): free some space") from None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Closes the files."""
         if self._writer:
-            self._writer.close()
+            events = self._writer.file_writer.event_writer
+            try:
+                self._writer.close()
+            except OSError:  # a full disk, which was told of
+                events._closed = True  # or tensorboardX tries again at the end of the program, with a traceback
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

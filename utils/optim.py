@@ -1,5 +1,6 @@
 """Optimizer, learning rate schedule, moving average, loss and precision, from the configuration; timm's and torch's."""
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -124,6 +125,14 @@ def build_loss(config: CfgNode) -> nn.Module:
 def memory_format(config: CfgNode) -> torch.memory_format:
     """The layout of network and images."""
     return torch.channels_last if config.CHANNELS_LAST else torch.contiguous_format
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """Lets a GPU's libraries choose their kernels by speed, or only such as give the same bits on every run."""
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first call
+        torch.use_deterministic_algorithms(True)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from utils.engine import Report, Training
+from utils.engine import Training
 from utils.logger import MetricsLog
+from utils.meter import Report
 from utils.metrics import Score
 from utils.optim import learning_rate_scale
 
@@ -34,16 +35,18 @@ def log_report(report: Report, training: Training, metrics: MetricsLog) -> None:
     """Writes one line of training progress."""
     steps = training.steps
     left = datetime.timedelta(seconds=int(report.seconds * (steps.updates - report.update)))
+    left_out = f"\t{report.left_out} left out" if report.left_out else ""
     _log.info(
         f"Train: [{report.epoch}/{steps.epochs}][{report.update_in_epoch}/{steps.updates_per_epoch}]\t"
         f"eta {left} lr {report.lr:.6f}\ttime {report.seconds:.4f}\tloss {report.loss:.4f}\t"
-        f"grad_norm {report.grad_norm:.4f}\tmem {report.memory_mb:.0f}MB\t{report.images_per_s:.1f} images/s",
+        f"grad_norm {report.grad_norm:.4f}\tmem {report.memory_mb:.0f}MB\t{report.images_per_s:.1f} images/s{left_out}",
         extra={"progress": True},
     )
     common = {
         "loss": report.loss,
         "lr": report.lr,
         "grad_norm": report.grad_norm,
+        "left_out": report.left_out,
         "images_per_s": report.images_per_s,
     }
     extras = {"data_time": report.data_share * report.seconds, "memory_mb": report.memory_mb}

@@ -2,6 +2,7 @@
 
 import logging
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +13,166 @@ from yacs.config import CfgNode
 from models.build import load_pretrained, load_weights
 from models.groupmixformer import GroupMixFormer
 from utils import checkpoint
-from utils.config import differences
+from utils.config import accumulation_steps, differences
+from utils.dist import World, gather_objects, together
 from utils.engine import Training
 from utils.errors import UserError, listing
 
 _log = logging.getLogger(__name__)
 
-# Keys that may differ between a run and what goes on with it: where things lie, and how often they are written.
+# Keys that may differ between a run and what goes on with it: where things lie, how often they are written, and what
+# to do when something goes wrong.
 _FREE_KEYS = frozenset(
-    {"DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "MODEL.RESUME", "TRAIN.AUTO_RESUME", "DEVICE"}
-    | {"OUTPUT", "TAG", "SAVE_FREQ", "KEEP", "PRINT_FREQ", "EVAL_MODE", "THROUGHPUT_MODE"}
+    {"DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.ON_ERROR", "DATA.MAX_BROKEN", "MODEL.RESUME"}
+    | {"TRAIN.AUTO_RESUME", "TRAIN.ALLOW_CHANGES", "TRAIN.ELASTIC", "TRAIN.SAVE_UPDATES", "TRAIN.SAVE_MINUTES"}
+    | {"TRAIN.ON_NONFINITE", "TRAIN.MAX_LEFT_OUT", "DEVICE", "RANK_TIMEOUT", "OUTPUT", "TAG", "SAVE_FREQ", "KEEP"}
+    | {"PRINT_FREQ", "EVAL_MODE", "THROUGHPUT_MODE"}
 )
+_KEYS_OF_THE_BATCH = frozenset({"DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS"})
 
 
-def find_state(config: CfgNode, folder: Path) -> dict[str, Any] | None:
-    """The checkpoint to go on from: --resume, else the folder's last one unless TRAIN.AUTO_RESUME is off.
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from.
+
+    Attributes:
+        path: Its file.
+        state: Its content.
+    """
+
+    path: Path
+    state: dict[str, Any]
+
+
+def find_state(config: CfgNode, folder: Path, here: World) -> Found | None:
+    """The checkpoint to go on from: --resume, else the folder's newest unless TRAIN.AUTO_RESUME is off.
+
+    Where the folder's run was itself started with this --resume, its newest one is meant: a queue starts the same
+    command again.
+
+    Rank 0 chooses; the others read the same file and must find the same in it. Every rank must ask.
 
     Raises:
-        UserError: If the folder holds another run, or the checkpoint is not one of a run.
+        UserError: If the folder holds another run, its checkpoints are damaged, or --resume is not one of a run.
     """
-    last = folder / checkpoint.LAST
-    if not config.MODEL.RESUME and last.is_file() and not config.TRAIN.AUTO_RESUME:
+    found = None
+    with together():
+        if here.is_main:
+            found = _choose(config, folder)
+            if found:
+                _check_same_run(config, found, here)
+    path, checksum = gather_objects((str(found.path), found.state.get("checksum")) if found else ("", None))[0]
+    with together():
+        if path and not here.is_main:
+            found = Found(Path(path), checkpoint.load(path))
+            if found.state.get("checksum") != checksum:
+                raise UserError(f"ranks read different files as {path}: put --output where all machines see it")
+    return found
+
+
+def _choose(config: CfgNode, folder: Path) -> Found | None:
+    resume = config.MODEL.RESUME
+    if resume:
+        same_again = _run_started_from(resume, folder) if config.TRAIN.AUTO_RESUME else None
+        return same_again or Found(Path(resume), checkpoint.load(resume))
+    if not config.TRAIN.AUTO_RESUME and checkpoint.holds_run(folder):
         raise UserError(f"{folder} holds a run already: choose another --tag, or leave TRAIN.AUTO_RESUME on")
-    path = config.MODEL.RESUME or (last if last.is_file() else None)
-    if not path:
+    newest = checkpoint.newest(folder)
+    return Found(*newest) if newest else None
+
+
+def _run_started_from(resume: str, folder: Path) -> Found | None:
+    """The newest checkpoint of the folder's run, if that was itself started with this --resume."""
+    try:
+        newest = checkpoint.newest(folder)
+    except UserError:  # the named file may be there to replace what is damaged
         return None
-    state = checkpoint.load(path)
-    if "progress" not in state:
-        raise UserError(f"{path} holds weights but no run to go on with: start from it with --pretrained")
-    foreign = [change for change in _changes(config, state) if change.startswith("MODEL.")]
-    if foreign and not config.MODEL.RESUME:
-        raise UserError(
-            f"{folder} holds a run with other settings ({listing(foreign)}): choose another --tag, "
-            f"or go on with --resume {path}"
+    if newest and f"RESUME: {resume}\n" in newest[1].get("config", ""):
+        return Found(*newest)
+    return None
+
+
+def _check_same_run(config: CfgNode, found: Found, here: World) -> None:
+    """Refuses a checkpoint that this run cannot go on with as it is."""
+    progress = found.state.get("progress")
+    if not isinstance(progress, dict) or "images_per_update" not in progress:
+        raise UserError(f"{found.path} holds weights but no run to go on with: start from it with --pretrained")
+    changes = _changes(config, found.state)
+    if changes and not config.TRAIN.ALLOW_CHANGES:
+        another = "" if config.MODEL.RESUME else "choose another --tag, or "
+        elastic = (
+            f", or --elastic to keep {progress['images_per_update']} images an update"
+            if _keys(changes) <= _KEYS_OF_THE_BATCH
+            else ""
         )
-    return state
+        raise UserError(
+            f"{found.path} is of a run with other settings ({listing(changes, 20)}): {another}"
+            f"add --allow-changes to go on with these{elastic}"
+        )
+    if progress["ranks"] != here.size and not config.TRAIN.ELASTIC:
+        raise UserError(
+            f"{found.path} is of a run on {progress['ranks']} rank(s), and this one has {here.size}: use as many, or "
+            f"add --elastic to keep its {progress['images_per_update']} images an update and the order of its samples"
+        )
 
 
 def _changes(config: CfgNode, state: dict[str, Any]) -> list[str]:
-    return [change for change in differences(config, state["config"]) if change.split(":")[0] not in _FREE_KEYS]
+    free = set(_FREE_KEYS)
+    if config.TRAIN.ELASTIC:
+        free |= _KEYS_OF_THE_BATCH
+    if config.MODEL.RESUME:
+        free.add("MODEL.PRETRAINED")  # whose weights the checkpoint's take the place of
+    return [change for change in differences(config, state["config"]) if not _keys([change]) <= free]
+
+
+def _keys(changes: list[str]) -> set[str]:
+    return {change.partition(":")[0] for change in changes}
+
+
+def fit_to_ranks(config: CfgNode, found: Found | None, here: World) -> CfgNode:
+    """The configuration with the accumulation that keeps a run's images an update, if that is asked for.
+
+    Raises:
+        UserError: If this number of ranks cannot make up an update of as many images.
+    """
+    if not (found and config.TRAIN.ELASTIC):
+        return config
+    saved, at_once = found.state["progress"], config.DATA.BATCH_SIZE * here.size
+    images = saved["images_per_update"]
+    if images % at_once:
+        raise UserError(
+            f"an update of {images} images cannot be made of steps of {at_once} (DATA.BATCH_SIZE "
+            f"{config.DATA.BATCH_SIZE} on {here.size} rank(s)): choose a --batch-size that divides {images}"
+        )
+    fitted = config.clone()
+    fitted.TRAIN.ACCUMULATION_STEPS = images // at_once
+    if saved["ranks"] != here.size or _keys(differences(fitted, found.state["config"])) & _KEYS_OF_THE_BATCH:
+        _log.warning(
+            "going on with %d rank(s) instead of %d, in %d step(s) an update: images an update, order and learning "
+            "rate stay; drop path, mixup, batch norms and the rounding of sums are no longer those of one whole run",
+            here.size, saved["ranks"], images // at_once,
+        )  # fmt: skip
+    return fitted
+
+
+def steps_of_epoch(config: CfgNode, found: Found | None, steps: int) -> int:
+    """Steps of an epoch on this rank: as many as the data has, or as fill the updates of the run gone on with.
+
+    Args:
+        config: The configuration, fitted to the ranks.
+        found: The checkpoint to go on from, if any.
+        steps: Micro-batches of this rank that the data has.
+    """
+    if found and config.TRAIN.ELASTIC:  # smaller micro-batches may leave less over at the end of an epoch
+        return min(steps, found.state["progress"]["updates_per_epoch"] * accumulation_steps(config))
+    return steps
+
+
+def without_permissions(config: CfgNode) -> CfgNode:
+    """The configuration to keep with a run, which --allow-changes and --elastic are no part of."""
+    kept = config.clone()
+    kept.TRAIN.ALLOW_CHANGES = kept.TRAIN.ELASTIC = False
+    return kept
 
 
 def start_from_pretrained(config: CfgNode, network: GroupMixFormer) -> None:
@@ -78,33 +200,46 @@ def restore(state: dict[str, Any], training: Training, config: CfgNode) -> None:
             f"the checkpoint has {updates} updates an epoch and this run {training.steps.updates_per_epoch}: "
             "use the same data, batch size, accumulation and number of ranks"
         )
+    if "TRAIN.OPTIMIZER.NAME" in _keys(changes):
+        raise UserError(
+            "the checkpoint is of a run with another optimizer (TRAIN.OPTIMIZER.NAME): start from its weights with "
+            "--pretrained and another --tag"
+        )
     load_weights(training.network, state["model"], "the checkpoint")
-    settings = [{key: group[key] for key in group if key != "params"} for group in training.optimizer.param_groups]
+    # Weight decay and the like are this run's, not the checkpoint's; the learning rate is the schedule's.
+    settings = [
+        {key: group[key] for key in group if key not in ("params", "lr")} for group in training.optimizer.param_groups
+    ]
     try:
         training.optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
         raise UserError(f"the checkpoint's optimizer does not fit ({error}): use its run's configuration") from None
     for group, configured in zip(training.optimizer.param_groups, settings, strict=True):
-        group.update(configured)  # weight decay and the like are this run's, not the checkpoint's
+        group.update(configured)
     if training.scaler.is_enabled() and state["scaler"]:
         training.scaler.load_state_dict(state["scaler"])
     if training.ema:
         load_weights(training.ema.module, state["ema"] or state["model"], "the checkpoint's moving average")
+    training.progress.load_state_dict(state["progress"])
 
 
 def state_of(
-    training: Training, epoch: int, best: dict[str, Any], config: CfgNode, classes: list[str] | None
+    training: Training, best: dict[str, Any] | None, config: CfgNode, classes: list[str] | None
 ) -> dict[str, Any]:
-    """A checkpoint after a number of epochs: tensors and plain types only."""
+    """A checkpoint of a run: tensors and plain types only."""
+    steps, progress = training.steps, training.progress
+    images_at_once = training.batch_size * training.world.size
     return {
         "model": training.network.state_dict(),
         "ema": training.ema.module.state_dict() if training.ema else None,
         "optimizer": training.optimizer.state_dict(),
         "scaler": training.scaler.state_dict(),
         "progress": {
-            "epoch": epoch,
-            "update": epoch * training.steps.updates_per_epoch,
-            "updates_per_epoch": training.steps.updates_per_epoch,
+            **progress.state_dict(),
+            "images": images_at_once * min(progress.place * steps.accumulation, steps.steps_per_epoch),  # of the epoch
+            "updates_per_epoch": steps.updates_per_epoch,
+            "images_per_update": images_at_once * steps.accumulation,
+            "ranks": training.world.size,
         },
         "best": best,
         "config": config.dump(),

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 from data.build import build_eval_data
 from models.build import build_model, load_weights
 from utils import checkpoint
-from utils.dist import World
+from utils.dist import World, together
 from utils.engine import evaluate
 from utils.errors import UserError
 from utils.metrics import Score
@@ -54,28 +54,33 @@ def score_weights(
     Raises:
         UserError: If weights, data and configuration do not fit together.
     """
-    source = None if random_weights else weights_file(config)
-    state: dict[str, Any] = checkpoint.load(source) if source else {}
-    classes = state.get("classes")
-    num_classes = config.MODEL.GMA.NUM_CLASSES or (len(classes) if classes else 0)
-    if classes and num_classes != len(classes):
-        raise UserError(
-            f"the checkpoint has {len(classes)} classes but MODEL.GMA.NUM_CLASSES is {num_classes}: "
-            f"add --opts MODEL.GMA.NUM_CLASSES {len(classes)}"
-        )
-    eval_data = build_eval_data(config, world, classes, num_classes or None)
-    if not num_classes and not eval_data.classes:
-        raise UserError("neither the checkpoint nor the data tells the number of classes: set MODEL.GMA.NUM_CLASSES")
-    network = build_model(config, num_classes or len(eval_data.classes or []))
-    if source:
-        load_weights(network, _choose(state, use_ema, source), source)
-    network.to(world.device, memory_format=memory_format(config))
-    if classes and eval_data.classes and eval_data.classes != classes:
-        _log.info(
-            "%d of the checkpoint's %d classes are in the data; matched by name", len(eval_data.classes), len(classes)
-        )
+    with together():
+        source = None if random_weights else weights_file(config)
+        state: dict[str, Any] = checkpoint.load(source) if source else {}
+        classes = state.get("classes")
+        num_classes = config.MODEL.GMA.NUM_CLASSES or (len(classes) if classes else 0)
+        if classes and num_classes != len(classes):
+            raise UserError(
+                f"the checkpoint has {len(classes)} classes but MODEL.GMA.NUM_CLASSES is {num_classes}: "
+                f"add --opts MODEL.GMA.NUM_CLASSES {len(classes)}"
+            )
+        eval_data = build_eval_data(config, world, classes, num_classes or None)
+        if not num_classes and not eval_data.classes:
+            raise UserError(
+                "neither the checkpoint nor the data tells the number of classes: set MODEL.GMA.NUM_CLASSES"
+            )
+        network = build_model(config, num_classes or len(eval_data.classes or []))
+        if source:
+            load_weights(network, _choose(state, use_ema, source), source)
+        network.to(world.device, memory_format=memory_format(config))
+        if classes and eval_data.classes and eval_data.classes != classes:
+            _log.info(
+                "%d of the checkpoint's %d classes are in the data; matched by name",
+                len(eval_data.classes),
+                len(classes),
+            )
     start = time.perf_counter()
-    score = evaluate(network, eval_data.loader, world, precision, eval_data.images)
+    score = evaluate(network, eval_data.loader, world, precision, eval_data.images, eval_data.rounds)
     seconds = time.perf_counter() - start
     return score, score.images / seconds
 

@@ -1,0 +1,503 @@
+"""What keeps a run: when it is saved, what stops it, and how it goes back from a loss that is no number."""
+
+import json
+import math
+import re
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import helpers_unit
+import pytest
+import torch
+from helpers_unit import ALONE, CPU, all_of, batches, equal, plain_training, said_by, small_network, start_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data.build import EvalData
+from utils import checkpoint
+from utils.broken import BrokenImages
+from utils.dist import World, world
+from utils.engine import train_one_epoch
+from utils.errors import NotFiniteError, Stopped, UserError
+from utils.keeper import Keeper
+from utils.metrics import Score
+from utils.progress import Progress
+from utils.resume import Found, state_of
+from utils.trainer import open_run, run_epochs
+
+PLACES = 6
+SCORES = {"model": Score(8, 2, 8, 1.5), "ema": Score(8, 4, 8, 1.0)}
+
+
+def config_with(**changes):
+    """Updates of one micro-batch, a moving average, and no checkpoint inside an epoch."""
+    fixed = {"TRAIN__EMA_DECAY": 0.5, "TRAIN__SAVE_MINUTES": 0.0, "PRINT_FREQ": 2, "KEEP": 9}
+    return plain_training(**{**fixed, **changes})
+
+
+def training_of(config=None, lost=(), here=ALONE):
+    """A training of epochs with six places, of which some, as (epoch, place), lose their loss."""
+    network, progress = small_network(), Progress()
+    model = DistributedDataParallel(network) if torch.distributed.is_initialized() else network
+
+    def criterion(logits, targets):
+        is_lost = (progress.epoch, progress.place) in lost
+        return nn.functional.cross_entropy(logits, targets) + (math.nan if is_lost else 0)
+
+    settings = {"model": model, "criterion": criterion, "progress": progress, "world": here}
+    return helpers_unit.training_of(network, PLACES, config or config_with(), **settings)
+
+
+def keeper_of(folder, training, config=None, signal=0, skip_broken=False):
+    folder.mkdir(parents=True, exist_ok=True)
+    broken = BrokenImages(skip_broken, 0.5, 8, folder)
+    signals = SimpleNamespace(asked=lambda: signal)
+    return Keeper(config or config_with(), training, folder, ["a", "b", "c"], None, broken, signals)
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch):
+    monkeypatch.setattr("utils.keeper.draw_curves", lambda folder, updates_per_epoch: None)
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The epochs and places of which checkpoints are written."""
+    places, save = [], checkpoint.save_numbered
+
+    def note(state, folder, epoch, place, **settings):
+        places.append((epoch, place))
+        save(state, folder, epoch, place, **settings)
+
+    monkeypatch.setattr(checkpoint, "save_numbered", note)
+    return places
+
+
+def names(folder, pattern="*.pth"):
+    return sorted(path.name for path in folder.glob(pattern))
+
+
+def metrics(folder):
+    """The metrics without the speeds, which no two runs share."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+
+
+# When a run is saved
+
+
+@pytest.mark.parametrize(("every", "places"), [(0, []), (1, [1, 2, 3, 4, 5]), (2, [2, 4]), (4, [4]), (6, []), (9, [])])
+def test_a_run_is_saved_every_so_many_updates_but_not_where_its_epoch_is_saved(tmp_path, saved, every, places):
+    config, training = config_with(TRAIN__SAVE_UPDATES=every), training_of()
+    keeper = keeper_of(tmp_path, training, config)
+    train_one_epoch(training, batches(PLACES, 4), 2, keeper)
+    keeper.wait()
+    assert saved == [(0, place) for place in places]
+    keeper.on_epoch(SCORES)
+    keeper.wait()
+    assert saved[len(places) :] == [(1, 0)]
+
+
+def test_a_run_is_saved_after_so_many_minutes_since_it_was_saved_last(tmp_path, saved, monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("utils.keeper.time", SimpleNamespace(monotonic=lambda: clock.now))
+    training = training_of()
+    keeper = keeper_of(tmp_path, training, config_with(TRAIN__SAVE_MINUTES=15.0))
+    for place, minutes in enumerate((14, 1, 10, 4, 20, 20), 1):
+        clock.now += 60 * minutes
+        training.progress.place = place
+        keeper.on_update(0, False)
+    keeper.wait()
+    assert saved == [(0, 2), (0, 5)]
+
+
+def test_a_checkpoint_that_comes_by_updates_puts_off_the_one_that_comes_by_the_clock(tmp_path, saved, monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("utils.keeper.time", SimpleNamespace(monotonic=lambda: clock.now))
+    training = training_of()
+    keeper = keeper_of(tmp_path, training, config_with(TRAIN__SAVE_MINUTES=15.0, TRAIN__SAVE_UPDATES=2))
+    for place, minutes in enumerate((10, 10, 10, 10, 10, 10), 1):
+        clock.now += 60 * minutes
+        training.progress.place = place
+        keeper.on_update(0, False)
+    keeper.wait()
+    assert saved == [(0, 2), (0, 4)]
+
+
+def test_what_is_written_is_the_run_as_it_was_when_it_was_saved(tmp_path, monkeypatch):
+    go_on, save = threading.Event(), checkpoint.save_numbered
+
+    def save_late(*arguments, **settings):
+        assert go_on.wait(30)
+        save(*arguments, **settings)
+
+    monkeypatch.setattr(checkpoint, "save_numbered", save_late)
+    training = training_of()
+    keeper = keeper_of(tmp_path, training)
+    train_one_epoch(training, batches(PLACES, 4), 2, keeper)
+    before = all_of(training)
+    keeper.save()
+    training.progress.end_epoch()
+    train_one_epoch(training, batches(PLACES, 4), 2, keeper)
+    go_on.set()
+    keeper.wait()
+    state = checkpoint.load(tmp_path / "ckpt_epoch_0_update_6.pth")
+    assert all(equal(state[part], before[part]) for part in ("model", "ema", "optimizer"))
+    assert {name: state["progress"][name] for name in before["progress"]} == before["progress"]
+    assert not equal(before["model"], all_of(training)["model"])
+
+
+def test_a_checkpoint_is_written_before_its_copy_makes_room_for_the_next_one(tmp_path, monkeypatch):
+    written = []
+
+    def write_slowly(state, *arguments, **settings):
+        time.sleep(0.1)
+        written.append((state["progress"]["place"], state["model"]["1.weight"].clone()))
+
+    monkeypatch.setattr(checkpoint, "save_numbered", write_slowly)
+    training, wanted = training_of(), []
+    keeper = keeper_of(tmp_path, training)
+    for place in (1, 2, 3):
+        training.progress.place = place
+        with torch.no_grad():
+            training.network[1].weight.fill_(place)
+        wanted.append((place, training.network[1].weight.detach().clone()))
+        keeper.save()
+    keeper.wait()
+    assert equal(written, wanted)
+
+
+def test_the_best_epoch_is_that_of_the_moving_average_where_there_is_one(tmp_path):
+    training = training_of()
+    keeper = keeper_of(tmp_path, training)
+    for correct in (4, 2, 6, 6):
+        keeper.on_epoch({"model": Score(8, 8 - correct, 8, 1.5), "ema": Score(8, correct, 8, 1.0)})
+    keeper.wait()
+    assert keeper.best == {"epoch": 2, "of": "ema", "acc1": 75.0}
+    assert checkpoint.load(tmp_path / "best.pth")["progress"]["epoch"] == 3
+    assert checkpoint.load(tmp_path / "last.pth")["best"] == keeper.best
+
+
+def test_only_rank_0_writes(tmp_path):
+    training = training_of(here=World(1, 2, CPU))
+    keeper = keeper_of(tmp_path, training, config_with(TRAIN__SAVE_UPDATES=1))
+    for place in range(1, 6):
+        training.progress.place = place
+        keeper.on_update(0, False)
+    keeper.on_epoch(SCORES)
+    keeper.wait()
+    with pytest.raises(Stopped):
+        keeper.stop(15)
+    keeper.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+# What cannot be written
+
+
+def fail_to_save(monkeypatch):
+    def fail(*arguments, **settings):
+        raise UserError("last.pth cannot be written (No space left on device): free some space")
+
+    monkeypatch.setattr(checkpoint, "save_numbered", fail)
+
+
+def wait_for_alarm(keeper):
+    until = time.monotonic() + 30
+    while keeper.alarm() == (0, False):
+        assert time.monotonic() < until, "the alarm never came"
+        time.sleep(0.01)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_of_before_the_next_update_and_ends_the_run_after_it(
+    tmp_path, monkeypatch
+):
+    fail_to_save(monkeypatch)
+    keeper = keeper_of(tmp_path, training_of())
+    assert keeper.alarm() == (0, False)
+    keeper.save()
+    wait_for_alarm(keeper)
+    assert keeper.alarm() == (0, True)
+    with pytest.raises(UserError, match="No space left on device"):
+        keeper.on_update(0, True)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_a_run_that_waits_for_it(tmp_path, monkeypatch):
+    fail_to_save(monkeypatch)
+    keeper = keeper_of(tmp_path, training_of())
+    keeper.save()
+    with pytest.raises(UserError, match="No space left on device"):
+        keeper.wait()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_not_forgotten_when_the_next_one_begins(tmp_path, monkeypatch):
+    with monkeypatch.context() as broken_disk:
+        fail_to_save(broken_disk)
+        keeper = keeper_of(tmp_path, training_of())
+        keeper.save()
+        wait_for_alarm(keeper)
+    keeper.save()
+    assert keeper.alarm() == (0, True)
+    with pytest.raises(UserError, match="No space left on device"):
+        keeper.wait()
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_done(tmp_path, monkeypatch):
+    fail_to_save(monkeypatch)
+    with pytest.raises(UserError, match="No space left on device"):
+        run(tmp_path, training_of(), config_with())
+
+
+def test_metrics_that_cannot_be_written_end_the_run_too(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise UserError("metrics.jsonl cannot be written")
+
+    monkeypatch.setattr("utils.keeper.log_report", fail)
+    training = training_of()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written"):
+        train_one_epoch(training, batches(PLACES, 4), 2, keeper_of(tmp_path, training))
+    assert training.progress.place == 3
+
+
+# Signals
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_signal_stops_the_run_at_the_next_update_with_one_checkpoint_of_it(tmp_path, saved, every, caplog):
+    caplog.set_level("INFO")
+    training = training_of()
+    keeper = keeper_of(tmp_path, training, config_with(TRAIN__SAVE_UPDATES=every), signal=10)
+    with pytest.raises(Stopped) as caught:
+        train_one_epoch(training, batches(PLACES, 4), 2, keeper)
+    assert caught.value.signal == 10
+    assert saved == [(0, 1)]
+    assert names(tmp_path) == ["ckpt_epoch_0_update_1.pth", "last.pth"]
+    state, now = checkpoint.load(tmp_path / "last.pth"), all_of(training)
+    assert all(equal(state[part], now[part]) for part in ("model", "ema", "optimizer"))
+    assert state["progress"]["place"] == 1
+    assert "stopped by signal 10" in caplog.text
+
+
+def test_a_signal_during_the_evaluation_keeps_the_whole_epoch(tmp_path, saved):
+    training = training_of()
+    keeper = keeper_of(tmp_path, training)
+    keeper.asked_to_stop = lambda: 15
+    with pytest.raises(Stopped):
+        run_epochs(config_with(), training, FakeData(), EVAL_DATA, keeper)
+    assert saved == [(0, PLACES)]
+
+
+# A loss that is no number
+
+
+class FakeData:
+    """The same batches in every epoch, from the place that is asked for, with a name for each."""
+
+    def __init__(self):
+        self.loader = None
+
+    def set_epoch(self, epoch, first_batch):
+        self.loader = batches(PLACES, 4)[first_batch:]
+
+    def names(self, epoch, places):
+        return [f"{place}.png" for place in places]
+
+
+EVAL_DATA = EvalData(batches(2, 4), None, images=0, rounds=2)
+
+
+def run(folder, training, config):
+    """A whole run of two epochs; its keeper."""
+    keeper = keeper_of(folder, training, config)
+    if config.TRAIN.ON_NONFINITE == "skip":
+        keeper.save()
+    try:
+        run_epochs(config, training, FakeData(), EVAL_DATA, keeper)
+    finally:
+        keeper.close()
+    return keeper
+
+
+def test_by_default_a_loss_that_is_no_number_ends_the_run_and_its_samples_are_listed(tmp_path, saved):
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, training_of(lost={(1, 2)}), config_with())
+    listed = tmp_path / "not_finite_epoch_1_update_3.txt"
+    assert listed.read_text() == "rank 0\t2.png\n"
+    message = str(caught.value)
+    assert message.startswith("the loss became nan on rank 0 at update 3 of epoch 1; it was not taken, and ")
+    for part in (str(listed), "of rank 0: 2.png", "TRAIN.BASE_LR", "TRAIN.ON_NONFINITE skip"):
+        assert part in message
+    assert "\n" not in message
+    assert saved == [(1, 0)]
+    assert names(tmp_path) == ["best.pth", "ckpt_epoch_1.pth", "last.pth"]
+
+
+@pytest.mark.parametrize("every", [0, 2])
+@pytest.mark.parametrize("lost", [{(0, 0)}, {(0, 2), (0, 3), (1, 5)}])
+def test_a_run_that_skips_lost_updates_is_the_run_that_never_had_them(tmp_path, every, lost, caplog):
+    config = config_with(TRAIN__ON_NONFINITE="skip", TRAIN__SAVE_UPDATES=every)
+    training, unharmed = training_of(lost=lost), training_of()
+    unharmed.progress.skip = sorted(lost)
+    run(tmp_path / "skipping", training, config)
+    backs = [record.message for record in caplog.records if "going back to" in record.message]
+    run(tmp_path / "unharmed", unharmed, config)
+    assert equal(all_of(training), all_of(unharmed))
+    assert (training.progress.updates, training.progress.left_out) == (2 * PLACES - len(lost), len(lost))
+    assert metrics(tmp_path / "skipping") == metrics(tmp_path / "unharmed")
+    assert len(backs) == len(lost)
+    assert names(tmp_path / "skipping", "*.txt") == [
+        f"not_finite_epoch_{epoch}_update_{place + 1}.txt" for epoch, place in sorted(lost)
+    ]
+
+
+def test_going_back_names_the_update_the_checkpoint_and_the_samples(tmp_path, caplog):
+    config = config_with(TRAIN__ON_NONFINITE="skip", TRAIN__SAVE_UPDATES=2)
+    run(tmp_path, training_of(lost={(0, 3)}), config)
+    (line,) = [record.message for record in caplog.records if "going back to" in record.message]
+    assert line.startswith("the loss became nan on rank 0 at update 4 of epoch 0; going back to ")
+    assert "last.pth" in line
+    assert "3.png" in line
+
+
+def test_too_many_lost_updates_in_a_row_end_a_run_that_skips_them(tmp_path):
+    config = config_with(TRAIN__ON_NONFINITE="skip", TRAIN__MAX_LEFT_OUT=3)
+    run(tmp_path / "few", training_of(lost={(0, 1), (0, 2), (0, 4), (0, 5)}), config)
+    training = training_of(lost={(0, 1), (0, 2), (0, 3)})
+    with pytest.raises(UserError, match=r"update 4 of epoch 0, and 2 updates before it were left out") as caught:
+        run(tmp_path / "many", training, config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path):
+    training = training_of()
+    keeper = keeper_of(tmp_path, training, config := config_with(TRAIN__ON_NONFINITE="skip", TRAIN__SAVE_UPDATES=2))
+    train_one_epoch(training, batches(PLACES, 4), 2, keeper)
+    keeper.wait()
+    for name in ("last.pth", "ckpt_epoch_0_update_4.pth"):
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_bytes(b"cut short")
+    keeper.on_not_finite(NotFiniteError("the loss became nan", [math.nan], 1.0), ["a.png"])
+    assert (training.progress.place, training.progress.skip) == (2, [(0, PLACES)])
+    assert config.TRAIN.ON_NONFINITE == "skip"
+
+
+def test_a_run_that_skips_has_something_to_go_back_to_wherever_it_began(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.trainer.setup_logging", lambda is_main, folder: None)
+    config = config_with(TRAIN__ON_NONFINITE="skip", MODEL__RESUME=str(tmp_path / "elsewhere.pth"))
+    training = training_of(lost={(0, 1)})
+    checkpoint.save(state_of(training, None, config, None), tmp_path / "elsewhere.pth")
+    found = Found(tmp_path / "elsewhere.pth", checkpoint.load(tmp_path / "elsewhere.pth"))
+    folder, data = tmp_path / "run", SimpleNamespace(images=24, classes=None)
+    folder.mkdir()
+    keeper = open_run(config, training, data, folder, found, SimpleNamespace(asked=int))
+    run_epochs(config, training, FakeData(), EVAL_DATA, keeper)
+    assert training.progress.skip == [(0, 1)]
+
+
+# Broken images
+
+
+def test_a_broken_image_ends_the_run_before_its_update_unless_it_is_replaced(tmp_path):
+    data = batches(PLACES, 4)
+    data[2] = (*data[2][:2], ["", "a.png: empty", "", ""])
+    training = training_of()
+    with pytest.raises(UserError, match=re.escape("a.png: empty: mend or remove it, or set DATA.ON_ERROR skip")):
+        train_one_epoch(training, data, 2, keeper_of(tmp_path / "stop", training))
+    assert training.progress.updates == 2
+    training = training_of()
+    keeper = keeper_of(tmp_path / "skip", training, skip_broken=True)
+    train_one_epoch(training, data, 2, keeper)
+    keeper.save()
+    keeper.wait()
+    assert training.progress.updates == PLACES
+    assert (tmp_path / "skip" / "broken.txt").read_text() == "a.png: empty\n"
+    assert checkpoint.load(tmp_path / "skip" / "last.pth")["progress"]["broken"] == ["a.png: empty"]
+
+
+# Two ranks
+
+
+def keep(folder):
+    """How runs end on this rank where something happens on one rank only."""
+    with world("cpu", 60) as here:
+        cases = {"full": full_disk, "signal": signal_to_rank_1, "stop": lose_a_loss, "skip": skip_a_loss}
+        return {name: case(Path(folder) / name, here) for name, case in cases.items()}
+
+
+def full_disk(folder, here):
+    """What a checkpoint that rank 0 cannot write ends with."""
+    config = config_with(TRAIN__SAVE_UPDATES=1)
+    error = UserError("No space left on device")
+    with mock.patch.object(checkpoint, "save_numbered", side_effect=error if here.is_main else None):
+        try:
+            run(folder, training_of(config, here=here), config)
+        except UserError as caught:
+            return str(caught)
+
+
+def signal_to_rank_1(folder, here):
+    """How a signal to rank 1 ends, and what each rank wrote in a folder of its own."""
+    own, training = folder / str(here.rank), training_of(here=here)
+    try:
+        train_one_epoch(training, batches(PLACES, 4), 2, keeper_of(own, training, signal=15 * here.rank))
+    except Stopped as stopped:
+        return [stopped.signal, training.progress.place, names(own, "*")]
+
+
+def lose_a_loss(folder, here):
+    """What a loss that rank 1 lost ends with, where runs stop."""
+    try:
+        run(folder, training_of(lost={(0, 2)} if here.rank else (), here=here), config_with())
+    except UserError as error:
+        return str(error)
+
+
+def skip_a_loss(folder, here):
+    """How far a run comes that skips a loss that rank 1 lost, and its weights."""
+    config = config_with(TRAIN__ON_NONFINITE="skip", TRAIN__SAVE_UPDATES=2)
+    training = training_of(config, {(0, 3)} if here.rank else (), here)
+    run(folder, training, config)
+    progress = training.progress
+    weights = [parameter.flatten().tolist() for parameter in training.network.parameters()]
+    return [progress.epoch, progress.updates, progress.skip, weights]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """What two ranks of the same runs met, and the folder of the runs."""
+    folder = tmp_path_factory.mktemp("pair")
+    return [said_by(process) for process in start_ranks("test_keeper", "keep", folder)], folder
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_on_rank_0_ends_all_ranks(pair):
+    seen, _ = pair
+    assert [rank["full"] for rank in seen] == ["No space left on device"] * 2
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_at_the_same_update_with_one_checkpoint(pair):
+    seen, _ = pair
+    assert [rank["signal"][:2] for rank in seen] == [[15, 1]] * 2
+    assert {"ckpt_epoch_0_update_1.pth", "last.pth"} < set(seen[0]["signal"][2])
+    assert seen[1]["signal"][2] == []
+
+
+@pytest.mark.slow
+def test_samples_of_all_ranks_are_listed_where_one_lost_its_loss(pair):
+    seen, folder = pair
+    assert seen[0]["stop"] == seen[1]["stop"]
+    assert "the loss became nan on rank 1 at update 3 of epoch 0; it was not taken" in seen[0]["stop"]
+    assert "of rank 1: 2.png" in seen[0]["stop"]
+    text = (folder / "stop" / "not_finite_epoch_0_update_3.txt").read_text()
+    assert text == "rank 0\t2.png\nrank 1\t2.png\n"
+
+
+@pytest.mark.slow
+def test_all_ranks_go_back_from_a_loss_that_one_lost(pair):
+    seen, _ = pair
+    assert seen[0]["skip"] == seen[1]["skip"]
+    assert seen[0]["skip"][:3] == [2, 2 * PLACES - 1, [[0, 3]]]

@@ -1,0 +1,383 @@
+"""What a run starts from: which checkpoint, whether it is of the same run, and all that comes back from it."""
+
+import logging
+import re
+
+import pytest
+import torch
+from helpers_unit import ALONE, CPU, all_of, batches, equal, plain_training, set_key, small_network, train, training_of
+
+from utils import checkpoint
+from utils.dist import World
+from utils.errors import UserError
+from utils.progress import Progress
+from utils.resume import Found, find_state, fit_to_ranks, restore, state_of, steps_of_epoch, without_permissions
+
+CONFIG = {"TRAIN__ACCUMULATION_STEPS": 2, "TRAIN__EMA_DECAY": 0.5, "TRAIN__EPOCHS": 9}
+
+
+def config_with(**changes):
+    return plain_training(**{**CONFIG, **changes})
+
+
+def trained(epochs=1, config=None):
+    """A training after so many whole epochs of three updates, and two updates of the next one."""
+    config = config or config_with()
+    training = training_of(small_network(), 6, config, scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    for epoch in range(epochs):
+        train(training, batches(6, 4), epoch)
+    training.progress.epoch, training.progress.place = epochs, 2
+    training.progress.skip, training.progress.broken = [(0, 1)], ["a.png: empty"]
+    return training
+
+
+def save(folder, epochs=1, config=None):
+    """Writes a checkpoint of a run as the keeper does; returns its path."""
+    config, training = config or config_with(), trained(epochs, config)
+    folder.mkdir(exist_ok=True)
+    state = state_of(training, {"epoch": 0, "of": "ema", "acc1": 50.0}, config, ["a", "b"])
+    checkpoint.save_numbered(state, folder, epochs, 2, is_best=False, every=1, keep=9)
+    return folder / checkpoint.name_of(epochs, 2)
+
+
+def spoil(path):
+    """Flips a byte in the middle of a file, where its weights are."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()  # it may be a second name of another checkpoint
+    path.write_bytes(data)
+
+
+# What a checkpoint holds
+
+
+def test_all_that_trains_comes_back_from_a_checkpoint(tmp_path):
+    path, original = save(tmp_path), trained()
+    fresh = training_of(small_network(), 6, config_with(), scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
+    assert not equal(all_of(fresh)["optimizer"], all_of(original)["optimizer"])
+    restore(checkpoint.load(path), fresh, config_with())
+    lr = [group["lr"] for group in original.optimizer.param_groups]
+    for group, value in zip(fresh.optimizer.param_groups, lr, strict=True):
+        group["lr"] = value  # the schedule's, which knows it from the update's number
+    assert equal(all_of(fresh), all_of(original))
+
+
+def test_a_run_gone_on_with_from_a_checkpoint_takes_the_same_updates(tmp_path):
+    path, original = save(tmp_path), trained()
+    fresh = training_of(small_network(), 6, config_with(), scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
+    restore(checkpoint.load(path), fresh, config_with())
+    reports = [train(training, batches(6, 4), 1) for training in (original, fresh)]
+    for one, other in zip(*reports, strict=True):
+        assert (one.loss.hex(), one.grad_norm.hex(), one.lr.hex()) == (
+            other.loss.hex(), other.grad_norm.hex(), other.lr.hex()
+        )  # fmt: skip
+    assert equal(all_of(fresh), all_of(original))
+
+
+def test_a_run_gone_on_with_reports_the_same_learning_rate_at_a_place_that_is_skipped(tmp_path):
+    reports = []
+    for resumes in (False, True):
+        config = config_with(TRAIN__WARMUP_EPOCHS=3, TRAIN__WARMUP_LR=0.0)
+        training = training_of(small_network(), 6, config)
+        training.progress.skip = [(1, 0)]
+        train(training, batches(6, 4))
+        training.progress.end_epoch()
+        if resumes:
+            checkpoint.save(state_of(training, None, config, None), tmp_path / "x.pth")
+            training = training_of(small_network(), 6, config)
+            restore(checkpoint.load(tmp_path / "x.pth"), training, config)
+        reports.append([(report.update, report.lr) for report in train(training, batches(6, 4), 1)])
+    assert reports[0] == reports[1]
+
+
+def test_a_checkpoint_tells_what_its_run_was(tmp_path):
+    state = checkpoint.load(save(tmp_path))
+    told = {name: state["progress"][name] for name in ("images", "updates_per_epoch", "images_per_update", "ranks")}
+    assert told == {"images": 16, "updates_per_epoch": 3, "images_per_update": 8, "ranks": 1}
+    assert state["classes"] == ["a", "b"]
+    assert state["best"] == {"epoch": 0, "of": "ema", "acc1": 50.0}
+
+
+def test_images_of_a_short_last_update_are_counted_as_they_are():
+    training = training_of(small_network(), 5, config_with())
+    training.progress.place = 3
+    assert state_of(training, None, config_with(), None)["progress"]["images"] == 20
+
+
+# Which checkpoint
+
+
+def test_an_empty_folder_or_none_has_nothing_to_go_on_from(tmp_path):
+    assert find_state(config_with(), tmp_path, ALONE) is None
+    assert find_state(config_with(), tmp_path / "none", ALONE) is None
+
+
+def test_the_newest_checkpoint_of_the_folder_is_gone_on_from(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    found = find_state(config_with(), tmp_path, ALONE)
+    assert found.path == tmp_path / "last.pth"
+    assert found.state["progress"]["epoch"] == 2
+
+
+def test_a_checkpoint_that_is_named_comes_before_the_folders(tmp_path):
+    named = save(tmp_path / "other", 1)
+    save(tmp_path / "run", 2)
+    found = find_state(config_with(MODEL__RESUME=str(named)), tmp_path / "run", ALONE)
+    assert (found.path, found.state["progress"]["epoch"]) == (named, 1)
+
+
+def test_without_auto_resume_a_folder_that_holds_a_run_is_refused(tmp_path):
+    save(tmp_path)
+    with pytest.raises(UserError, match=r"holds a run already: choose another --tag, or leave TRAIN\.AUTO_RESUME on"):
+        find_state(config_with(TRAIN__AUTO_RESUME=False), tmp_path, ALONE)
+
+
+def test_without_auto_resume_a_run_is_refused_that_was_killed_before_last_pth_was_written(tmp_path):
+    save(tmp_path)
+    (tmp_path / "last.pth").unlink()
+    with pytest.raises(UserError, match="holds a run already"):
+        find_state(config_with(TRAIN__AUTO_RESUME=False), tmp_path, ALONE)
+
+
+def test_without_auto_resume_a_checkpoint_may_be_named(tmp_path):
+    named = save(tmp_path)
+    assert find_state(config_with(TRAIN__AUTO_RESUME=False, MODEL__RESUME=str(named)), tmp_path, ALONE).path == named
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, caplog):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    (tmp_path / "last.pth").unlink()
+    spoil(newest)
+    found = find_state(config_with(), tmp_path, ALONE)
+    assert found.state["progress"]["epoch"] == 1
+    assert [str(newest) in record.message for record in caplog.records] == [True, False]
+    assert str(found.path) in caplog.records[1].message
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+
+
+def test_where_all_checkpoints_are_damaged_nothing_starts(tmp_path):
+    for epochs in (1, 2):
+        spoil(save(tmp_path, epochs))
+    spoil(tmp_path / "last.pth")
+    with pytest.raises(UserError, match=f"no checkpoint in {re.escape(str(tmp_path))} can be read") as caught:
+        find_state(config_with(), tmp_path, ALONE)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_checkpoint_that_is_named_has_no_other_in_its_place(tmp_path):
+    save(tmp_path, 1)
+    named = save(tmp_path, 2)
+    spoil(named)
+    with pytest.raises(UserError, match=re.escape(str(named))):
+        find_state(config_with(MODEL__RESUME=str(named)), tmp_path, ALONE)
+
+
+def test_weights_without_a_run_are_refused(tmp_path):
+    checkpoint.save({"model": small_network().state_dict(), "config": config_with().dump()}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"weights\.pth holds weights but no run to go on with: .*--pretrained"):
+        find_state(config_with(MODEL__RESUME=str(tmp_path / "weights.pth")), tmp_path, ALONE)
+
+
+# The same run
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "change"),
+    [
+        ("TRAIN.BASE_LR", 0.5, "TRAIN.BASE_LR: 1.0 -> 0.5"),
+        ("SEED", 3, "SEED: 0 -> 3"),
+        ("PRECISION", "bf16", "PRECISION: auto -> bf16"),
+        ("MODEL.GMA.DROP_PATH_RATE", 0.5, "MODEL.GMA.DROP_PATH_RATE: 0.2 -> 0.5"),
+    ],
+)
+def test_other_settings_are_refused_by_name_unless_they_are_allowed(tmp_path, key, value, change, caplog):
+    path, config = save(tmp_path), config_with()
+    set_key(config, key, value)
+    with pytest.raises(UserError, match=re.escape(change)) as caught:
+        find_state(config, tmp_path, ALONE)
+    assert "--allow-changes" in str(caught.value)
+    assert "--tag" in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    config.TRAIN.ALLOW_CHANGES = True
+    found = find_state(config, tmp_path, ALONE)
+    assert found.state["progress"]["epoch"] == checkpoint.load(path)["progress"]["epoch"]
+    restore(found.state, trained(), config)
+    assert change in caplog.text
+
+
+@pytest.mark.parametrize(("key", "value"), [("DATA.BATCH_SIZE", 8), ("TRAIN.ACCUMULATION_STEPS", 1)])
+def test_another_make_up_of_an_update_is_refused_unless_the_run_is_elastic(tmp_path, key, value):
+    save(tmp_path)
+    config = config_with()
+    set_key(config, key, value)
+    with pytest.raises(UserError, match=rf"{key}: \d -> {value}.*--elastic"):
+        find_state(config, tmp_path, ALONE)
+    config.TRAIN.ELASTIC = True
+    assert find_state(config, tmp_path, ALONE)
+
+
+def test_all_settings_that_differ_are_told_at_once(tmp_path):
+    save(tmp_path)
+    with pytest.raises(UserError, match=r"\(TRAIN.BASE_LR: 1.0 -> 0.5, TRAIN.CLIP_GRAD: 5.0 -> 1.0, SEED: 0 -> 3\)"):
+        find_state(config_with(TRAIN__BASE_LR=0.5, TRAIN__CLIP_GRAD=1.0, SEED=3), tmp_path, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("DATA.DATA_PATH", "/elsewhere"),
+        ("DATA.NUM_WORKERS", 3),
+        ("DATA.ON_ERROR", "skip"),
+        ("TRAIN.SAVE_UPDATES", 5),
+        ("TRAIN.ON_NONFINITE", "skip"),
+        ("TRAIN.ALLOW_CHANGES", True),
+        ("TRAIN.ELASTIC", True),
+        ("DEVICE", "cpu"),
+        ("RANK_TIMEOUT", 60),
+        ("OUTPUT", "elsewhere"),
+        ("TAG", "moved"),
+        ("KEEP", 9),
+        ("PRINT_FREQ", 1),
+    ],
+)
+def test_where_things_lie_and_what_to_do_when_they_fail_may_change(tmp_path, caplog, key, value):
+    save(tmp_path)
+    config = config_with()
+    set_key(config, key, value)
+    restore(find_state(config, tmp_path, ALONE).state, trained(), config)
+    assert not caplog.records
+
+
+def test_settings_of_the_optimizer_are_those_of_the_run_that_goes_on(tmp_path):
+    path = save(tmp_path)
+    config = config_with(TRAIN__WEIGHT_DECAY=0.25, TRAIN__ALLOW_CHANGES=True)
+    training = training_of(small_network(), 6, config)
+    restore(checkpoint.load(path), training, config)
+    assert {group["weight_decay"] for group in training.optimizer.param_groups} == {0.25, 0.0}
+
+
+def test_a_moving_average_that_begins_later_begins_at_the_weights(tmp_path):
+    path = save(tmp_path, config=config_with(TRAIN__EMA_DECAY=0.0))
+    training = training_of(small_network(), 6, config_with(TRAIN__ALLOW_CHANGES=True))
+    restore(checkpoint.load(path), training, config_with())
+    assert equal(dict(training.ema.module.state_dict()), dict(training.network.state_dict()))
+    assert not equal(dict(training.network.state_dict()), dict(small_network().state_dict()))
+
+
+def shorter_epochs():
+    return training_of(small_network(), 4, config_with())
+
+
+def more_classes():
+    return training_of(small_network(4), 6, config_with())
+
+
+def fewer_parameters():
+    network = small_network()
+    return training_of(network, 6, config_with(), optimizer=torch.optim.SGD([network[1].bias]))
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        (shorter_epochs, "has 3 updates an epoch and this run 2: use the same data"),
+        (more_classes, "does not fit the network"),
+        (fewer_parameters, "the checkpoint's optimizer does not fit"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path, training, message):
+    state = checkpoint.load(save(tmp_path))
+    with pytest.raises(UserError, match=message) as caught:
+        restore(state, training(), config_with())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_kind_of_optimizer_is_refused(tmp_path):
+    state = checkpoint.load(save(tmp_path, config=config_with(TRAIN__OPTIMIZER__NAME="sgd")))
+    config = config_with(TRAIN__ALLOW_CHANGES=True)
+    with pytest.raises(UserError, match="optimizer"):
+        restore(state, training_of(small_network(), 6, config), config)
+
+
+# Another number of ranks
+
+
+TWO_RANKS = World(0, 2, CPU)
+
+
+def test_another_number_of_ranks_is_refused_in_a_sentence(tmp_path):
+    save(tmp_path)
+    with pytest.raises(UserError, match=r"on 1 rank\(s\), and this one has 2: use as many, or add --elastic") as caught:
+        find_state(config_with(), tmp_path, TWO_RANKS)
+    assert "8 images an update" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch_size", "accumulation"), [(2, 4, 1), (1, 4, 2), (2, 2, 2), (4, 1, 2), (1, 8, 1), (8, 1, 1)]
+)
+def test_an_elastic_run_keeps_its_images_an_update(tmp_path, ranks, batch_size, accumulation, caplog):
+    save(tmp_path)
+    config = config_with(TRAIN__ELASTIC=True, DATA__BATCH_SIZE=batch_size)
+    here = World(0, ranks, CPU)
+    found = find_state(config, tmp_path, here)
+    fitted = fit_to_ranks(config, found, here)
+    steps = [one.TRAIN.ACCUMULATION_STEPS for one in (fitted, config)]
+    assert steps == [accumulation, 2]
+    is_exact = (ranks, batch_size) == (1, 4)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * (not is_exact)
+    assert is_exact or "no longer those of one whole run" in caplog.text
+
+
+def test_an_elastic_run_that_cannot_keep_its_images_an_update_is_refused(tmp_path):
+    save(tmp_path)
+    config, here = config_with(TRAIN__ELASTIC=True), World(0, 3, CPU)
+    found = find_state(config, tmp_path, here)
+    with pytest.raises(
+        UserError, match=r"8 images cannot be made of steps of 12 .* --batch-size that divides 8"
+    ) as caught:
+        fit_to_ranks(config, found, here)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("found", "elastic"), [(None, True), (None, False), (Found("x", {}), False)])
+def test_without_a_run_to_fit_or_the_flag_the_accumulation_stays(found, elastic):
+    config = config_with(TRAIN__ELASTIC=elastic)
+    assert fit_to_ranks(config, found, TWO_RANKS) is config
+
+
+@pytest.mark.parametrize(("accumulation", "steps", "wanted"), [(2, 6, 6), (2, 7, 6), (2, 5, 5), (4, 14, 12)])
+def test_an_elastic_epoch_has_no_more_updates_than_that_of_the_run_it_goes_on_with(
+    tmp_path, accumulation, steps, wanted
+):
+    save(tmp_path)
+    config = config_with(TRAIN__ELASTIC=True)
+    found = find_state(config, tmp_path, ALONE)
+    config.TRAIN.ACCUMULATION_STEPS = accumulation
+    assert steps_of_epoch(config, found, steps) == wanted
+    assert steps_of_epoch(config, None, steps) == steps
+    config.TRAIN.ELASTIC = False
+    assert steps_of_epoch(config, found, steps) == steps
+
+
+def test_permissions_to_differ_hold_for_one_start_only():
+    config = config_with(TRAIN__ELASTIC=True, TRAIN__ALLOW_CHANGES=True, SEED=3)
+    kept = without_permissions(config)
+    assert (kept.TRAIN.ELASTIC, kept.TRAIN.ALLOW_CHANGES, kept.SEED) == (False, False, 3)
+    assert config.TRAIN.ELASTIC
+
+
+def test_an_elastic_run_refuses_other_settings_still(tmp_path):
+    save(tmp_path)
+    with pytest.raises(UserError, match="SEED: 0 -> 3"):
+        find_state(config_with(TRAIN__ELASTIC=True, SEED=3), tmp_path, TWO_RANKS)
+
+
+def test_progress_that_is_none_is_refused(tmp_path):
+    state = {"model": small_network().state_dict(), "progress": Progress().state_dict(), "config": ""}
+    checkpoint.save(state, tmp_path / "last.pth")
+    with pytest.raises(UserError, match="no run to go on with"):
+        find_state(config_with(), tmp_path, ALONE)

@@ -1,0 +1,121 @@
+"""Measure what a run's safety costs: an update with and without its checks, and the pause that a checkpoint makes.
+
+Usage:
+    python tools/checks_cost.py --cfg configs/groupmixformer_small.yaml --batch-size 8
+    torchrun --nproc_per_node 2 tools/checks_cost.py --cfg configs/groupmixformer_miny.yaml --batch-size 4
+
+The checks are what all ranks tell one another before an update (losses, stop signals, broken images, failed writes),
+and the wait for its numbers. Updates with and without them take turns; medians are compared.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models.build import build_model  # noqa: E402
+from utils import checkpoint, engine  # noqa: E402
+from utils.cli import config_from, make_parser, run  # noqa: E402
+from utils.dist import world  # noqa: E402
+from utils.engine import Training, Watch, train_one_epoch  # noqa: E402
+from utils.optim import choose_precision  # noqa: E402
+from utils.resume import state_of  # noqa: E402
+from utils.trainer import build_training  # noqa: E402
+from utils.writer import BackgroundWriter  # noqa: E402
+
+_CLASSES = 1000
+
+
+def main() -> None:
+    """Parses, measures, prints."""
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="pairs of updates (default 20)")
+    arguments = parser.parse_args()
+    config = config_from(arguments)
+    with world(config.DEVICE, config.RANK_TIMEOUT) as here:
+        precision = choose_precision(config, here.device, lambda _: None)
+        network = build_model(config, _CLASSES)
+        training = build_training(config, here, precision, network, steps_per_epoch=2 * arguments.rounds + 2)
+        shape = (config.DATA.BATCH_SIZE, config.MODEL.GMA.IN_DIM, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
+        with_checks, without = time_updates(training, shape, arguments.rounds)
+        if here.is_main:
+            where = f"{here.size} x {here.device.type}, {precision.name}, {config.DATA.BATCH_SIZE} images a rank"
+            print(f"{config.MODEL.NAME} on {where}, medians of {arguments.rounds}:")
+            print(f"  update with checks     {1e3 * with_checks:9.2f} ms")
+            print(f"  update without         {1e3 * without:9.2f} ms")
+            print(f"  the checks cost        {100 * (with_checks / without - 1):9.2f} %")
+            print_pauses(training, config)
+
+
+def time_updates(training: Training, shape: tuple[int, ...], rounds: int) -> tuple[float, float]:
+    """Trains on noise, with and without checks in turn.
+
+    Args:
+        training: All that an update needs.
+        shape: Of a micro-batch of images.
+        rounds: Pairs of updates.
+
+    Returns:
+        Median seconds of an update with checks, and without.
+    """
+    images, targets = torch.randn(shape), torch.randint(_CLASSES, shape[:1])
+    times: dict[bool, list[float]] = {True: [], False: []}
+    vote = engine._vote
+
+    class Clock(Watch):
+        def __init__(self) -> None:
+            self.since = time.perf_counter()
+
+        def on_update(self, signal: int, failed: bool) -> None:
+            if training.world.device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            times[training.progress.place % 2 == 1].append(now - self.since)
+            self.since = now
+
+    def vote_in_turn(run: Training, loss: Tensor, norm: Tensor, *others: object) -> object:
+        if run.progress.place % 2 == 0:
+            return vote(run, loss, norm, *others)
+        return engine._Votes([0.0] * run.world.size, 0.0, 0, 0, False)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        while True:
+            yield images, targets, [""] * len(targets)
+
+    with mock.patch.object(engine, "_vote", vote_in_turn):
+        train_one_epoch(training, batches(), 10**9, Clock())
+    return statistics.median(times[True][1:]), statistics.median(times[False][1:])  # the first pair warms up
+
+
+def print_pauses(training: Training, config: CfgNode) -> None:
+    """Times a checkpoint: the copy for which training stops, and the writing, beside which it goes on."""
+    state = state_of(training, None, config, None)
+    before = checkpoint.on_host(state)
+    writer = BackgroundWriter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.pth"
+        since = time.perf_counter()
+        copied = checkpoint.on_host(state, before)
+        writer.submit(partial(checkpoint.save, copied, path))
+        pause = time.perf_counter() - since
+        writer.wait()
+        written = time.perf_counter() - since
+        size = path.stat().st_size
+    print(f"  a checkpoint has       {size / 2**20:9.1f} MiB")
+    print(f"  training stops for     {1e3 * pause:9.2f} ms, the copy to host memory")
+    print(f"  it is on disk after    {1e3 * written:9.2f} ms")
+
+
+if __name__ == "__main__":
+    run(main)

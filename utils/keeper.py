@@ -1,0 +1,227 @@
+"""Keeps a run: tells how it goes, writes its checkpoints, stops it when it is asked to or something went wrong."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from yacs.config import CfgNode
+
+from utils import checkpoint
+from utils.broken import BrokenImages
+from utils.curves import draw_curves
+from utils.dist import gather_objects, together
+from utils.engine import Training, Watch
+from utils.errors import NotFiniteError, Stopped, UserError, listing
+from utils.logger import MetricsLog
+from utils.meter import Report
+from utils.metrics import Score
+from utils.report import log_report, log_scores
+from utils.resume import restore, state_of
+from utils.signals import StopSignals
+from utils.writer import BackgroundWriter
+
+_log = logging.getLogger(__name__)
+
+
+class Keeper(Watch):
+    """Watches over a run in its folder. Only rank 0 writes, and the votes before each update tell all when it fails.
+
+    Args:
+        config: The configuration.
+        training: What trains.
+        folder: The run's.
+        classes: Class names by number, or None.
+        best: The best epoch so far: {'epoch', 'of', 'acc1'}, or None.
+        broken: What becomes of broken images.
+        signals: What asks this rank to stop.
+    """
+
+    def __init__(
+        self,
+        config: CfgNode,
+        training: Training,
+        folder: Path,
+        classes: list[str] | None,
+        best: dict[str, Any] | None,
+        broken: BrokenImages,
+        signals: StopSignals,
+    ) -> None:
+        self._config, self._training, self.folder, self._classes = config, training, folder, classes
+        self._broken, self._signals = broken, signals
+        self._writer, self._failure, self._copy = BackgroundWriter(), None, None
+        self._saved_at = time.monotonic()
+        self.best = best
+        self._metrics = self._open_metrics()
+
+    def _open_metrics(self) -> MetricsLog:
+        steps, progress = self._training.steps, self._training.progress
+        reached = progress.epoch * steps.updates_per_epoch + progress.place
+        is_scored = progress.place == 0
+        return MetricsLog(self.folder if self._training.world.is_main else None, reached, is_scored)
+
+    def asked_to_stop(self) -> int:
+        """The signal that asks this rank to stop, or 0."""
+        return self._signals.asked()
+
+    def alarm(self) -> tuple[int, bool]:
+        """The signal that asks this rank to stop, or 0; and whether this rank failed to write something."""
+        return self._signals.asked(), self._failure is not None or self._writer.failed()
+
+    def on_broken(self, complaints: list[str]) -> None:
+        """Lists broken images, or stops at them."""
+        with together():
+            self._broken.add(self._training.progress.broken, complaints)
+
+    def on_report(self, report: Report) -> None:
+        """Logs how training goes."""
+        self._attempt(partial(log_report, report, self._training, self._metrics))
+
+    def on_update(self, signal: int, failed: bool) -> None:
+        """Saves where it is time to.
+
+        Raises:
+            UserError: On all ranks, if something could not be written.
+            Stopped: On all ranks, if a signal asked one to stop; a checkpoint is written before.
+        """
+        if failed:
+            self.wait()
+        if signal:
+            self.stop(signal)
+        if self._is_due():
+            self.save()
+
+    def on_epoch(self, scores: dict[str, Score]) -> None:
+        """Logs the scores of an epoch, draws the curves and saves.
+
+        Args:
+            scores: By 'model' and, where there is one, 'ema'.
+        """
+        training, epoch = self._training, self._training.progress.epoch
+        of = "ema" if training.ema else "model"
+        is_best = self.best is None or scores[of].acc1 > self.best["acc1"]
+        if is_best:
+            self.best = {"epoch": epoch, "of": of, "acc1": scores[of].acc1}
+        self._attempt(partial(log_scores, scores, self.best, epoch, training, self._metrics))
+        self._attempt(partial(draw_curves, self.folder, training.steps.updates_per_epoch))
+        training.progress.end_epoch()
+        self.save(is_best)
+
+    def save(self, is_best: bool = False) -> None:
+        """Writes a checkpoint in the background; training stops for the copy to host memory only."""
+        self._attempt(partial(self._save, is_best))
+
+    def stop(self, signal: int) -> NoReturn:
+        """Writes a checkpoint and ends the run; every rank must call.
+
+        Raises:
+            Stopped: Always.
+        """
+        self.save()
+        self.wait()
+        epoch, place = self._training.progress.epoch, self._training.progress.place
+        _log.info(
+            "stopped by signal %d after %d epoch(s) and %d update(s), and saved: the same command goes on from there",
+            signal, epoch, place,
+        )  # fmt: skip
+        raise Stopped(signal)
+
+    def wait(self) -> None:
+        """Waits until all is written; every rank must call.
+
+        Raises:
+            UserError: On all ranks, if something could not be written.
+        """
+        with together():
+            if self._failure:
+                raise self._failure
+            self._writer.wait()
+
+    def on_not_finite(self, error: NotFiniteError, names: list[str]) -> None:
+        """Ends the run at an update whose loss or gradients are no numbers, or goes back to skip its samples.
+
+        Args:
+            error: What the update ended with.
+            names: What this rank's samples of the update are called.
+
+        Raises:
+            UserError: Where the run is to stop, or too many updates in a row were left out; on all ranks.
+        """
+        progress, train = self._training.progress, self._config.TRAIN
+        place = (progress.epoch, progress.place)
+        listed = self._list_samples(error, gather_objects(names))
+        if train.ON_NONFINITE == "stop":
+            raise UserError(
+                f"{error}; it was not taken, and {listed}: mend those, lower TRAIN.BASE_LR, set TRAIN.CLIP_GRAD, try "
+                "--precision fp32, or set TRAIN.ON_NONFINITE skip"
+            )
+        if progress.left_out_in_row + 1 >= train.MAX_LEFT_OUT:
+            raise UserError(
+                f"{error}, and {progress.left_out_in_row} updates before it were left out; {listed}: "
+                "lower TRAIN.BASE_LR"
+            )
+        self.wait()
+        skip = [*progress.skip, place]
+        with together():
+            path, state = checkpoint.newest(self.folder)
+            restore(state, self._training, self._config)
+        progress.skip = skip
+        self._metrics.close()
+        self._metrics = self._open_metrics()
+        _log.warning("%s; going back to %s to leave it out; %s", error, path, listed)
+
+    def _list_samples(self, error: NotFiniteError, names: list[list[str]]) -> str:
+        """Writes the samples of an update of all ranks into a file; tells of it, and of the first ones."""
+        progress = self._training.progress
+        path = self.folder / f"not_finite_epoch_{progress.epoch}_update_{progress.place + 1}.txt"
+        lines = [f"rank {rank}\t{name}\n" for rank, of_rank in enumerate(names) for name in of_rank]
+        with together():
+            if self._training.world.is_main:
+                checkpoint.write_beside(path, lambda beside: beside.write_text("".join(lines)))
+        suspects = [rank for rank, loss in enumerate(error.losses) if not math.isfinite(loss)] or range(len(names))
+        first = [name for rank in suspects for name in names[rank]]
+        return f"its samples are listed in {path} (of rank {', '.join(map(str, suspects))}: {listing(first)})"
+
+    def close(self) -> None:
+        """Lets the last checkpoint be written, and closes the logs."""
+        self._writer.close()
+        self._metrics.close()
+
+    def _is_due(self) -> bool:
+        train, place = self._config.TRAIN, self._training.progress.place
+        if place == self._training.steps.updates_per_epoch:
+            return False  # the epoch is about to be scored and saved
+        seconds = time.monotonic() - self._saved_at
+        by_updates = train.SAVE_UPDATES > 0 and place % train.SAVE_UPDATES == 0
+        return by_updates or (train.SAVE_MINUTES > 0 and seconds >= 60 * train.SAVE_MINUTES)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Does something on rank 0; if it fails, the next vote tells all ranks."""
+        if not self._training.world.is_main or self._failure:
+            return
+        try:
+            action()
+        except UserError as error:
+            self._failure = error
+
+    def _save(self, is_best: bool) -> None:
+        progress = self._training.progress
+        self._writer.wait()  # it reads the copy that is about to be overwritten
+        state = state_of(self._training, self.best, self._config, self._classes)
+        self._copy = checkpoint.on_host(state, self._copy)
+        self._writer.submit(
+            partial(
+                checkpoint.save_numbered,
+                self._copy,
+                self.folder,
+                progress.epoch,
+                progress.place,
+                is_best=is_best,
+                every=self._config.SAVE_FREQ,
+                keep=self._config.KEEP,
+            )
+        )
+        self._saved_at = time.monotonic()

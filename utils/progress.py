@@ -1,0 +1,78 @@
+"""How far a run is: all that has to be known to go on with it, beside weights, optimizer and moving average."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Window:
+    """Sums since the last report, over the updates that were taken.
+
+    Attributes:
+        updates: How many.
+        loss: Of their losses, each the mean over ranks.
+        grad_norm: Of their gradient norms before clipping.
+    """
+
+    updates: int = 0
+    loss: float = 0.0
+    grad_norm: float = 0.0
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    An epoch has a fixed number of places for updates, each with its images. At each place an update is taken, or left
+    out where its gradients are no numbers; schedule and moving average count the taken ones only.
+
+    Attributes:
+        epoch: Epochs completed.
+        place: Places of the epoch under way that lie behind.
+        updates: Updates taken in the run.
+        left_out: Updates left out in the run.
+        left_out_in_row: Updates left out since the last one that was taken.
+        skip: Places (epoch, place) to pass over without training.
+        broken: Complaints about broken images, each once, in the order in which they were met.
+        window: Sums since the last report.
+    """
+
+    epoch: int = 0
+    place: int = 0
+    updates: int = 0
+    left_out: int = 0
+    left_out_in_row: int = 0
+    skip: list[tuple[int, int]] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    window: Window = field(default_factory=Window)
+
+    def take(self, loss: float, grad_norm: float) -> None:
+        """Counts an update that was taken."""
+        self.place += 1
+        self.updates += 1
+        self.left_out_in_row = 0
+        self.window.updates += 1
+        self.window.loss += loss
+        self.window.grad_norm += grad_norm
+
+    def leave_out(self) -> None:
+        """Counts an update that was left out."""
+        self.place += 1
+        self.left_out += 1
+        self.left_out_in_row += 1
+
+    def end_epoch(self) -> None:
+        """Counts an epoch as completed."""
+        self.epoch, self.place = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types for a checkpoint."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave; keys of other names are none of its business."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, state[name])
+        self.skip = [tuple(place) for place in state["skip"]]
+        self.broken = list(state["broken"])
+        self.window = Window(**state["window"])

@@ -1,0 +1,53 @@
+"""Signals that ask a run to stop: remembered when they come, acted on between two updates."""
+
+import os
+import signal
+import threading
+from contextlib import AbstractContextManager
+from types import FrameType, TracebackType
+
+# What terminals, queues and launchers send. SLURM's --signal is set to SIGUSR1 by custom.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def ignore_stop_signals(_worker: int = 0) -> None:
+    """Keeps a loader's process alive when its whole group is signalled; it ends with the process that it serves."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
+
+
+def _end_when_the_parent_asks() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        continue
+    os._exit(0)
+
+
+class StopSignals(AbstractContextManager["StopSignals"]):
+    """Remembers the first signal that asks this process to stop; later ones change nothing."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._before = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self._number else handler)  # a second one changes nothing
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self._number = self._number or number
+
+    def asked(self) -> int:
+        """The signal that asked this process to stop, or 0. A launcher that has gone asks as SIGTERM does."""
+        if self._launcher and os.getppid() != self._launcher:
+            self._remember(signal.SIGTERM, None)
+        return self._number

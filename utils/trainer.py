@@ -1,0 +1,222 @@
+"""Trains: builds what a run needs from the configuration, goes on where the run was, and runs its epochs."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+from data.build import EvalData, TrainData, build_eval_data, build_mixup, build_train_data
+from data.datasets import check_same_classes, count_classes
+from models.build import build_model
+from models.groupmixformer import GroupMixFormer
+from utils import checkpoint
+from utils.broken import BrokenImages
+from utils.config import accumulation_steps
+from utils.dist import World, broadcast_buffers, together
+from utils.engine import Training, evaluate, train_one_epoch
+from utils.errors import NotFiniteError, Stopped, UserError
+from utils.keeper import Keeper
+from utils.lock import RunLock
+from utils.logger import setup_logging
+from utils.metrics import Score
+from utils.optim import (
+    Precision,
+    Steps,
+    build_ema,
+    build_loss,
+    build_optimizer,
+    build_scheduler,
+    choose_kernels,
+    memory_format,
+)
+from utils.progress import Progress
+from utils.report import log_plan
+from utils.resume import (
+    Found,
+    find_state,
+    fit_to_ranks,
+    restore,
+    start_from_pretrained,
+    steps_of_epoch,
+    without_permissions,
+)
+from utils.seeding import number_for, seed_everything
+from utils.signals import StopSignals
+
+_log = logging.getLogger(__name__)
+
+
+def train(config: CfgNode, here: World, precision: Precision) -> None:
+    """Builds everything and runs the epochs."""
+    with together():
+        train_data = build_train_data(config, here)
+        num_classes = count_classes(config, train_data.classes)
+        eval_data = build_eval_data(config, here, known=None, num_classes=None)
+        check_same_classes(train_data.classes, eval_data.classes)
+        seed_everything(number_for(config.SEED, "weights"))
+        network = build_model(config, num_classes)
+
+    folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
+    found = find_state(config, folder, here)
+    with together():
+        config = fit_to_ranks(config, found, here)
+        if not found:
+            start_from_pretrained(config, network)
+    steps_per_epoch = steps_of_epoch(config, found, train_data.steps_per_epoch)
+    training = build_training(config, here, precision, network, steps_per_epoch)
+    with together():
+        if found:
+            restore(found.state, training, config)
+        config = without_permissions(config)
+        make_folder(folder, training, config.KEEP)
+
+    with hold(folder, here), StopSignals() as signals:
+        with together():
+            keeper = open_run(config, training, train_data, folder, found, signals)
+        if found:
+            _log.info(
+                "going on from %s, epoch %d, update %d", found.path, training.progress.epoch, training.progress.place
+            )
+        log_plan(config, training, eval_data.images)
+        try:
+            run_epochs(config, training, train_data, eval_data, keeper)
+        finally:
+            keeper.close()
+
+
+def build_training(
+    config: CfgNode, here: World, precision: Precision, network: GroupMixFormer, steps_per_epoch: int
+) -> Training:
+    """Puts the network on its device and builds what trains it; every rank must call."""
+    layout = memory_format(config)
+    on_gpus = here.device.type == "cuda"
+    if on_gpus:
+        choose_kernels(config.DETERMINISTIC)
+    if on_gpus and here.size > 1 and config.TRAIN.SYNC_BN:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network.to(here.device, memory_format=layout)
+    steps = Steps(steps_per_epoch, accumulation_steps(config), config.TRAIN.EPOCHS)
+    optimizer = build_optimizer(config, network, here.size)
+    ema = build_ema(config, network)
+    model: nn.Module = network
+    if here.size > 1:
+        model = DistributedDataParallel(
+            network,
+            device_ids=[here.device.index] if on_gpus else None,
+            gradient_as_bucket_view=True,
+        )
+    return Training(
+        network=network,
+        model=torch.compile(model) if config.TRAIN.COMPILE else model,
+        criterion=build_loss(config),
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer, steps, here.size),
+        scaler=precision.grad_scaler(),
+        ema=ema,
+        mixup=build_mixup(config, network.num_classes),
+        precision=precision,
+        world=here,
+        steps=steps,
+        batch_size=config.DATA.BATCH_SIZE,
+        clip_grad=config.TRAIN.CLIP_GRAD,
+        most_left_out=config.TRAIN.MAX_LEFT_OUT,
+        seed=config.SEED,
+        memory_format=layout,
+        progress=Progress(),
+    )
+
+
+def make_folder(folder: Path, training: Training, keep: int) -> None:
+    """Makes the run's folder, and checks that it can be written to and has space for the checkpoints.
+
+    Raises:
+        UserError: If not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe{training.world.rank}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another --output") from None
+    weights = sum(tensor.nbytes for tensor in training.network.state_dict().values())
+    copies = 4 if training.ema else 3  # weights, their moving average, and the optimizer's two moments
+    checkpoint.check_space(folder, weights * copies, keep)
+
+
+@contextmanager
+def hold(folder: Path, here: World) -> Iterator[None]:
+    """Keeps other runs out of a folder, and removes what a killed one was writing there; every rank must call."""
+    with together():
+        lock = RunLock(folder) if here.is_main else nullcontext()
+    with lock:
+        if here.is_main:
+            checkpoint.remove_unfinished(folder)
+        yield
+
+
+def open_run(
+    config: CfgNode,
+    training: Training,
+    train_data: TrainData,
+    folder: Path,
+    found: Found | None,
+    signals: StopSignals,
+) -> Keeper:
+    """Opens the logs in the run's folder, and gives the run its keeper."""
+    is_main = training.world.is_main
+    setup_logging(is_main, folder)
+    if is_main:
+        at = training.progress
+        checkpoint.remove_after(folder, at.epoch, at.place, keep=bool(config.MODEL.RESUME))
+        checkpoint.write_beside(folder / "config.yaml", lambda beside: beside.write_text(config.dump()))
+    best = found.state["best"] if found and (folder / checkpoint.BEST).is_file() else None  # the best of this folder
+    broken = BrokenImages(
+        config.DATA.ON_ERROR == "skip", config.DATA.MAX_BROKEN, train_data.images, folder if is_main else None
+    )
+    keeper = Keeper(config, training, folder, train_data.classes, best, broken, signals)
+    if config.TRAIN.ON_NONFINITE == "skip" and not checkpoint.holds_run(folder):
+        keeper.save()  # to go back to
+    return keeper
+
+
+def run_epochs(config: CfgNode, training: Training, train_data: TrainData, eval_data: EvalData, keeper: Keeper) -> None:
+    """Trains, scores and saves, epoch after epoch, from where the run is."""
+    progress, steps = training.progress, training.steps
+    while progress.epoch < steps.epochs:
+        train_data.set_epoch(progress.epoch, progress.place * steps.accumulation)
+        try:
+            train_one_epoch(training, train_data.loader, config.PRINT_FREQ, keeper)
+        except NotFiniteError as error:
+            place = range(*(steps.accumulation * at for at in (progress.place, progress.place + 1)))
+            names = train_data.names(progress.epoch, place[: steps.steps_of_update(progress.place)])
+            keeper.on_not_finite(error, names)
+            continue
+        try:
+            scores = evaluate_epoch(training, eval_data, keeper)
+        except Stopped as stopped:
+            keeper.stop(stopped.signal)
+        keeper.on_epoch(scores)
+    keeper.wait()
+    best = keeper.best
+    reached = (
+        f"best Acc@1 {best['acc1']:.3f} after {best['epoch'] + 1} epochs" if best else "no epoch was left to train"
+    )
+    _log.info(f"done: {reached}; everything is in {keeper.folder}")
+
+
+def evaluate_epoch(training: Training, data: EvalData, keeper: Keeper) -> dict[str, Score]:
+    """Scores the 'model', and its moving average as 'ema' where there is one."""
+    networks = {"model": training.network} | ({"ema": training.ema.module} if training.ema else {})
+    scores = {}
+    for name, network in networks.items():
+        broadcast_buffers(network)
+        scores[name] = evaluate(
+            network, data.loader, training.world, training.precision, data.images, data.rounds, keeper.asked_to_stop
+        )
+    return scores
