@@ -4,13 +4,16 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from utils.checkpoint import write_beside
@@ -88,7 +91,11 @@ class MetricsLog:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             write_beside(self._path, lambda beside: beside.write_text(text))
             with self._writing():
-                self._writer = SummaryWriter(str(folder / "runs"), purge_step=update + 1)
+                (folder / "runs").mkdir(exist_ok=True)
+                # Not through SummaryWriter, whose thread still holds what it was told when a run is killed.
+                self._writer = EventsWriter(str(folder / "runs" / "events"), f".{update}")
+                session = SessionLog(status=SessionLog.START)  # TensorBoard forgets what came after
+                self._writer.write_event(Event(step=update + 1, session_log=session, wall_time=time.time()))
 
     def write(self, values: Mapping[str, float | int], tags: Mapping[str, float]) -> None:
         """Writes one line, and TensorBoard scalars.
@@ -106,7 +113,8 @@ class MetricsLog:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 for tag, value in tags.items():
-                    self._writer.add_scalar(tag, value, values["update"])
+                    event = Event(step=values["update"], summary=scalar(tag, value), wall_time=time.time())
+                    self._writer.write_event(event)
                 self._writer.flush()  # a killed run leaves what it told
 
     @contextmanager
@@ -118,12 +126,10 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the files."""
-        if self._writer:
-            events = self._writer.file_writer.event_writer
-            try:
-                self._writer.close()
-            except OSError:  # a full disk, which was told of
-                events._closed = True  # or tensorboardX tries again at the end of the program, with a traceback
+        writer, self._writer = self._writer, None
+        if writer:
+            with suppress(OSError):  # a full disk, which was told of
+                writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
