@@ -93,7 +93,7 @@ class MetricsLog:
             with self._writing():
                 (folder / "runs").mkdir(exist_ok=True)
                 # Not through SummaryWriter, whose thread still holds what it was told when a run is killed.
-                self._writer = EventsWriter(str(folder / "runs" / "events"), f".{update}")
+                self._writer = EventsWriter(str(folder / "runs" / "events"), f".{time.time_ns()}")
                 session = SessionLog(status=SessionLog.START)  # TensorBoard forgets what came after
                 self._writer.write_event(Event(step=update + 1, session_log=session, wall_time=time.time()))
 
