@@ -12,8 +12,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from utils.cli import config_from, make_parser, run
-from utils.errors import UserError
+from utils.cli import check_report, config_from, make_parser, run
 
 _log = logging.getLogger(__name__)
 
@@ -27,8 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = config_from(arguments)
     report = Path(arguments.json) if arguments.json else None
-    if report and (report.is_dir() or not report.parent.is_dir()):
-        raise UserError(f"--json {report}: name a file in a folder that exists")
+    check_report(report)
     score_or_measure(arguments, config, report)
 
 

@@ -35,7 +35,7 @@ from tqdm import tqdm  # noqa: E402
 from data.build import available_cores  # noqa: E402
 from data.datasets import FolderSource, Source, open_split  # noqa: E402
 from data.decoding import as_mode  # noqa: E402
-from utils.cli import Parser, run  # noqa: E402
+from utils.cli import Parser, check_report, run  # noqa: E402
 from utils.config import default_config  # noqa: E402
 from utils.errors import UserError, reason  # noqa: E402
 
@@ -323,8 +323,7 @@ def parse() -> argparse.Namespace:
         raise UserError(f"--train-split and --val-split are both {arguments.val_split}: name two splits")
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers}: give at least 1")
-    if arguments.json and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
-        raise UserError(f"--json {arguments.json}: name a file in a folder that exists")
+    check_report(arguments.json)
     return arguments
 
 

@@ -78,8 +78,7 @@ def save(state: Mapping[str, Any], path: Path) -> None:
     Raises:
         UserError: If it cannot be written.
     """
-    content = {name: value for name, value in state.items() if name != _CHECKSUM}
-    content[_CHECKSUM] = digest(content)
+    content = {**_content(state), _CHECKSUM: digest(_content(state))}
 
     def write(beside: Path) -> None:
         with open(beside, "wb") as file:
@@ -208,13 +207,17 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
+def _content(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the checksum of a checkpoint is of."""
+    return {name: value for name, value in state.items() if name != _CHECKSUM}
+
+
 def _is_whole(state: Mapping[str, Any]) -> bool:
     """Whether a checkpoint is what its checksum says; weights from elsewhere have none."""
     if _CHECKSUM not in state:
         return "progress" not in state
-    content = {name: value for name, value in state.items() if name != _CHECKSUM}
     try:
-        return state[_CHECKSUM] == digest(content)
+        return state[_CHECKSUM] == digest(_content(state))
     except RecursionError:  # a flipped bit can make a dict that holds itself
         return False
 

@@ -113,6 +113,16 @@ def config_from(arguments: argparse.Namespace) -> CfgNode:
     return config
 
 
+def check_report(path: Path | None) -> None:
+    """Refuses a --json file that cannot be written, before the work that it is to report.
+
+    Raises:
+        UserError: If it is a folder, or in none.
+    """
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"--json {path}: name a file in a folder that exists")
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a program; an error that the user can mend becomes one line and exit code 2, a signal 128 + its number.
 

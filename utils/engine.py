@@ -162,12 +162,12 @@ def _take_update(run: Training, batches: Iterator[Any], meter: Meter, watch: Wat
 
 def _accumulate(run: Training, batches: Iterator[Any], micro_steps: int, meter: Meter) -> tuple[Tensor, list[str]]:
     """Adds up the gradients of an update's micro-batches; returns its loss, and complaints about its images."""
-    place = run.progress.epoch * run.steps.updates_per_epoch + run.progress.place
+    position = run.progress.position(run.steps.updates_per_epoch)
     total, complaints = torch.zeros((), dtype=torch.float64, device=run.world.device), []
     for micro_step in range(micro_steps):
         images, targets, of_batch = _next(run, batches, meter)
         complaints += filter(None, of_batch)
-        seed_everything(number_for(run.seed, "step", place, micro_step, run.world.rank))
+        seed_everything(number_for(run.seed, "step", position, micro_step, run.world.rank))
         if run.mixup:
             images, targets = run.mixup(images, targets)
         is_last = micro_step == micro_steps - 1

@@ -58,8 +58,8 @@ class Keeper(Watch):
         self._metrics = self._open_metrics()
 
     def _open_metrics(self) -> MetricsLog:
-        steps, progress = self._training.steps, self._training.progress
-        reached = progress.epoch * steps.updates_per_epoch + progress.place
+        progress = self._training.progress
+        reached = progress.position(self._training.steps.updates_per_epoch)
         is_scored = progress.place == 0
         return MetricsLog(self.folder if self._training.world.is_main else None, reached, is_scored)
 

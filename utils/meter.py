@@ -71,7 +71,7 @@ class Meter:
         mean = [total / window.updates if window.updates else float("nan") for total in (window.loss, window.grad_norm)]
         report = Report(
             epoch=progress.epoch,
-            update=progress.epoch * updates_per_epoch + progress.place,
+            update=progress.position(updates_per_epoch),
             update_in_epoch=progress.place,
             loss=mean[0],
             grad_norm=mean[1],

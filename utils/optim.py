@@ -47,7 +47,12 @@ class Steps:
 
     def steps_of_update(self, update_in_epoch: int) -> int:
         """Micro-batches of an epoch's update."""
-        return min(self.accumulation, self.steps_per_epoch - update_in_epoch * self.accumulation)
+        return len(self.batches_of_update(update_in_epoch))
+
+    def batches_of_update(self, update_in_epoch: int) -> range:
+        """Which of an epoch's micro-batches its update takes."""
+        first = update_in_epoch * self.accumulation
+        return range(first, min(first + self.accumulation, self.steps_per_epoch))
 
 
 def learning_rate_scale(config: CfgNode, ranks: int) -> float:

@@ -65,6 +65,10 @@ class Progress:
         """Counts an epoch as completed."""
         self.epoch, self.place = self.epoch + 1, 0
 
+    def position(self, updates_per_epoch: int) -> int:
+        """Places of the run that lie behind, those of all its epochs."""
+        return self.epoch * updates_per_epoch + self.place
+
     def state_dict(self) -> dict[str, Any]:
         """Plain types for a checkpoint."""
         return asdict(self)

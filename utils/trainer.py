@@ -193,8 +193,7 @@ def run_epochs(config: CfgNode, training: Training, train_data: TrainData, eval_
         try:
             train_one_epoch(training, train_data.loader, config.PRINT_FREQ, keeper)
         except NotFiniteError as error:
-            place = range(*(steps.accumulation * at for at in (progress.place, progress.place + 1)))
-            names = train_data.names(progress.epoch, place[: steps.steps_of_update(progress.place)])
+            names = train_data.names(progress.epoch, steps.batches_of_update(progress.place))
             keeper.on_not_finite(error, names)
             continue
         try:
