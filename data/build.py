@@ -1,5 +1,6 @@
 """Loaders and mixup from the configuration."""
 
+import atexit
 import math
 import os
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from data.transforms import eval_transform, image_mode, train_transform
 from utils.config import mixes
 from utils.dist import World
 from utils.errors import UserError
-from utils.signals import ignore_stop_signals
+from utils.signals import end_loaders, ignore_stop_signals
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def _workers(config: CfgNode, world: World) -> int:
 
 def _loader_settings(config: CfgNode, world: World) -> dict[str, Any]:
     workers = _workers(config, world)
+    if workers:
+        atexit.register(end_loaders)
     return {
         "num_workers": workers,
         "pin_memory": config.DATA.PIN_MEMORY and world.device.type == "cuda",

@@ -72,29 +72,32 @@ def test_handlers_are_put_back_after_an_error_too(handlers_back):
     assert signal.getsignal(signal.SIGTERM) is handlers_back
 
 
-LOADER = """
-from utils.signals import ignore_stop_signals
-ignore_stop_signals(3)
-print("ready", flush=True)
-while input():
-    print("alive", flush=True)
+OWNER = """
+import atexit, multiprocessing, subprocess
+from utils.signals import STOP_SIGNALS, end_loaders, ignore_stop_signals
+
+def work(pipe):
+    ignore_stop_signals()
+    while True:
+        pipe.send("alive")
+        pipe.recv()
+
+here, there = multiprocessing.Pipe()
+process = multiprocessing.Process(target=work, args=(there,), daemon=True)
+process.start()
+atexit.register(end_loaders)
+for number in STOP_SIGNALS:
+    print(here.recv(), flush=True)
+    subprocess.run(["kill", f"-{int(number)}", str(process.pid)], check=True)
+    here.send("are you there?")
+print(here.recv(), flush=True)
+subprocess.run(["kill", "-TERM", str(process.pid)], check=True)
 """
 
 
-def test_loaders_processes_end_when_their_parent_asks_and_ignore_signals_of_others():
-    command = [sys.executable, "-c", LOADER]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "ready\n"
-        for number in STOP_SIGNALS:
-            subprocess.run(["kill", f"-{int(number)}", str(process.pid)], check=True)
-            process.stdin.write("are you there?\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "alive\n"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
+def test_loaders_processes_end_with_their_parent_and_ignore_signals_of_others():
+    owner = subprocess.run([sys.executable, "-c", OWNER], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (owner.stdout, owner.stderr, owner.returncode) == ("alive\n" * 4, "", 0)
 
 
 def test_other_signals_are_left_alone():

@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: remembered when they come, acted on between two updates."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -23,6 +24,14 @@ def _end_when_the_parent_asks() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         continue
     os._exit(0)
+
+
+def end_loaders() -> None:
+    """Asks the loaders' processes to end until they do: a signal that meets another of its kind is lost."""
+    for process in multiprocessing.active_children():
+        while process.daemon and process.is_alive():
+            process.terminate()
+            process.join(0.1)
 
 
 class StopSignals(AbstractContextManager["StopSignals"]):
