@@ -123,6 +123,7 @@ def test_an_error_that_no_lost_rank_makes_passes_as_it_is(fail, error):
             "Connection closed by",
         ),
         (RuntimeError("[/x/gloo/tcp.cc:84] Timed out waiting 6000ms for recv. Look above\nTrace"), "Timed out w"),
+        (RuntimeError("Application timeout caused pair closure"), "Application timeout"),
         (torch.distributed.DistBackendError("NCCL error\nat 0x1"), "NCCL error"),
     ],
 )

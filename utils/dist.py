@@ -131,7 +131,9 @@ def _fresh_store(rank: int, size: int, timeout: datetime.timedelta) -> torch_dis
 
 
 def _lost_rank(error: RuntimeError) -> bool:
-    return isinstance(error, torch_dist.DistError) or "gloo" in str(error).lower()
+    # Where several messages wait for the lost rank, gloo tells of one timeout, and of the others that it gave them up.
+    from_gloo = any(words in str(error).lower() for words in ("gloo", "pair closure"))
+    return isinstance(error, torch_dist.DistError) or from_gloo
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
