@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -31,6 +32,28 @@ __all__ = ["GroupMixAttention", "GroupMixFormer"]
 NUM_SEGMENTS = 5  # one of tokens, three of group proxies, one local
 PROXY_KERNEL_SIZES = (3, 5, 7)
 POSITION_WINDOWS = ((3, 2), (5, 3), (7, 3))  # (window, number of heads that use it)
+
+
+def to_image(tokens: Tensor) -> Tensor:
+    """[B, H, W, C] -> [B, C, H, W], a channels_last view."""
+    return tokens.permute(0, 3, 1, 2)
+
+
+def to_tokens(image: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H, W, C], a view where the image is channels_last."""
+    return image.permute(0, 2, 3, 1)
+
+
+def to_row(tokens: Tensor) -> Tensor:
+    """Queries, keys and values of each token, side by side, become three pixels: [B, H, W, 3C] -> [B, C, H, 3W]."""
+    B, H, W, C = tokens.shape
+    return to_image(tokens.reshape(B, H, 3 * W, C // 3))
+
+
+def from_row(image: Tensor) -> Tensor:
+    """The way back: [B, C, H, 3W] -> [B, H, W, 3C]."""
+    B, C, H, W = image.shape
+    return to_tokens(image).reshape(B, H, W // 3, 3 * C)
 
 
 class SeparableConv(nn.Module):
@@ -59,39 +82,67 @@ class SeparableConv(nn.Module):
         return self.act(self.norm(self.conv_pw(self.conv_dw(x))))
 
 
-class GroupAggregator(nn.Module):
-    """Turns queries, keys and values into attended tokens and group proxies, and a local branch (section 3.2).
+class SegmentProjection(nn.Linear):
+    """Queries, keys and values of each segment side by side: [B, H, W, C] -> five of [B, H, W, 3C/5].
 
-    One set of weights serves all three, so the batch norms see them side by side, stacked along the batch.
+    The rows of the weight are ordered by queries, keys and values and then by segment, as in published weights. Rows
+    are few where tokens are many: taking the rows apart leaves every tensor of tokens in one piece.
     """
+
+    def __init__(self, dim: int, bias: bool = True, **dd: Any) -> None:
+        super().__init__(dim, 3 * dim, bias, **dd)
+        self.rows = (3, NUM_SEGMENTS, dim // NUM_SEGMENTS)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        weight, bias = self.by_segment()
+        if bias is None:
+            return [F.linear(x, weight[i]) for i in range(self.rows[1])]
+        return [F.linear(x, weight[i], bias[i]) for i in range(self.rows[1])]
+
+    def by_segment(self) -> tuple[Tensor, Tensor | None]:
+        """The weight as [5, 3C/5, C] and the bias as [5, 3C/5], a segment's queries, keys and values side by side."""
+        weight = self.weight.unflatten(0, self.rows).transpose(0, 1).flatten(1, 2)
+        return weight, None if self.bias is None else self.bias.unflatten(0, self.rows).transpose(0, 1).flatten(1)
+
+
+class GroupProxy(SeparableConv):
+    """A separable convolution whose weights serve queries, keys and values, which lie side by side.
+
+    The batch norm sees all three, as if they stood in a row: [B, H, W, 3C] -> [B, H, W, 3C].
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv_dw.weight.repeat(3, 1, 1, 1)
+        x = F.conv2d(to_image(x), weight, padding=self.conv_dw.padding, groups=3 * self.conv_dw.groups)
+        return from_row(self.act(self.norm(self.conv_pw(to_row(to_tokens(x))))))
+
+
+class GroupAggregator(nn.Module):
+    """Turns queries, keys and values into attended tokens and group proxies, and a local branch (section 3.2)."""
 
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.segment = segment = dim // NUM_SEGMENTS
+        segment = dim // NUM_SEGMENTS
         self.norm = nn.BatchNorm2d(segment, **dd)
         self.act = nn.Hardswish()
-        self.proxies = nn.ModuleList(SeparableConv(segment, segment, size, **dd) for size in PROXY_KERNEL_SIZES)
+        self.proxies = nn.ModuleList(GroupProxy(segment, segment, size, **dd) for size in PROXY_KERNEL_SIZES)
         self.local = SeparableConv(3 * segment, segment, norm_layer=partial(LayerNorm2d, eps=1e-5), **dd)
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, segments: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Aggregates.
 
         Args:
-            qkv: Queries, keys and values, [3, B, H, W, C].
+            segments: Five of [B, H, W, 3C/5], each with its queries, keys and values side by side.
 
         Returns:
-            The attended segments, [3, B, H, W, 4C/5], and the local branch, [B, H, W, C/5].
+            The attended queries, keys and values, [B, H, W, 3, 4C/5], and the local branch, [B, H, W, C/5].
         """
-        _, B, H, W, _ = qkv.shape
-        segments = qkv.flatten(0, 1).permute(0, 3, 1, 2).split(self.segment, dim=1)  # five of [3B, C/5, H, W]
-        attended = [self.act(self.norm(segments[0]))]
+        attended = [from_row(self.act(self.norm(to_row(segments[0]))))]
         for i, proxy in enumerate(self.proxies):
             attended.append(proxy(segments[i + 1]))
-        tokens = torch.cat(attended, dim=1).permute(0, 2, 3, 1).reshape(3, B, H, W, -1)
-        side_by_side = qkv[..., -self.segment :].permute(1, 2, 3, 0, 4).flatten(3)  # [B, H, W, 3C/5]
-        local = self.local(side_by_side.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return tokens, local
+        local = to_tokens(self.local(to_image(segments[-1])))
+        return torch.cat([segment.unflatten(-1, (3, -1)) for segment in attended], dim=-1), local
 
 
 class RelativePosition(nn.Module):
@@ -120,6 +171,18 @@ class RelativePosition(nn.Module):
         for i, conv in enumerate(self.convs):
             windows.append(conv(groups[i]))
         return torch.cat(windows, dim=1).permute(0, 2, 3, 1)
+
+
+@torch.fx.wrap
+def attention_context(k: Tensor, v: Tensor) -> Tensor:
+    """softmax(K over the tokens)^T V of each head: two of [B, N, heads, head_dim] -> [B, heads, head_dim, head_dim].
+
+    In fp16 it is computed in float32: of many tokens the weights, about 1/N, fall below fp16's normal numbers.
+    """
+    if not torch.jit.is_scripting() and v.dtype == torch.float16:
+        with torch.autocast(v.device.type, enabled=False):
+            return torch.einsum("bnhk,bnhv->bhkv", k.float().softmax(dim=1), v.float()).to(v.dtype)
+    return torch.einsum("bnhk,bnhv->bhkv", k.softmax(dim=1), v)
 
 
 class GroupMixAttention(nn.Module):
@@ -157,7 +220,7 @@ class GroupMixAttention(nn.Module):
         self.num_heads = num_heads
         # The full width sets the scale although attention runs on 4/5 of it: the published weights expect it.
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = SegmentProjection(dim, bias=qkv_bias, **dd)
         self.aggregator = GroupAggregator(dim, **dd)
         self.position = RelativePosition(attended, num_heads, windows, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -165,13 +228,11 @@ class GroupMixAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixes tokens: [B, H, W, C] -> [B, H, W, C]."""
-        B, H, W, C = x.shape
-        qkv = self.qkv(x).reshape(B, H, W, 3, C).permute(3, 0, 1, 2, 4)
-        tokens, local = self.aggregator(qkv)
-        q, k, v = tokens.reshape(3, B, H * W, self.num_heads, -1).unbind(0)  # [B, N, heads, head_dim]
-        context = torch.einsum("bnhk,bnhv->bhkv", k.softmax(dim=1), v)
-        attended = torch.einsum("bnhk,bhkv->bnhv", q, self.scale * context).reshape(B, H, W, -1)
-        attended = attended + tokens[0] * self.position(tokens[2])
+        B, H, W, _ = x.shape
+        tokens, local = self.aggregator(self.qkv(x))
+        q, k, v = tokens.reshape(B, H * W, 3, self.num_heads, -1).unbind(2)  # [B, N, heads, head_dim]
+        attended = torch.einsum("bnhk,bhkv->bnhv", q, self.scale * attention_context(k, v)).reshape(B, H, W, -1)
+        attended = torch.addcmul(attended, tokens[..., 0, :], self.position(tokens[..., 2, :]))
         return self.proj_drop(self.proj(torch.cat((attended, local), dim=-1)))
 
 
