@@ -15,8 +15,7 @@ from models import GroupMixFormer
 from models.published import to_published
 from tests import reference
 from tests.fixtures.fill import fill, images
-from tools.benchmarking import measure as measuring
-from tools.benchmarking import timing
+from tools.benchmarking import ceiling, timing
 from tools.benchmarking.chart import draw_chart
 from tools.benchmarking.cost import count_work, peak_memory
 from tools.benchmarking.literal import literal
@@ -27,6 +26,13 @@ from tools.benchmarking.subjects import Step, Subject, plan
 CPU = torch.device("cpu")
 MACHINE = {"cpu": "a processor", "cores": 2, "threads": 1, "torch": "2"}
 OURS = Subject("ours", "plain", "infer", "fp32", False, 4)
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    """A matrix and a copy that take no time."""
+    monkeypatch.setitem(ceiling._MATRIX, "cpu", 16)
+    monkeypatch.setitem(ceiling._COPIED, "cpu", 1024)
 
 
 def tiny(**settings) -> GroupMixFormer:
@@ -239,11 +245,6 @@ class TestResult:
 class TestMeasure:
     SETTINGS = Settings(CPU, 32, rounds=2, seconds=1e-4)
 
-    @pytest.fixture(autouse=True)
-    def small_ceilings(self, monkeypatch):
-        monkeypatch.setitem(measuring.ceilings.__globals__, "_MATRIX", {"cpu": 16})
-        monkeypatch.setitem(measuring.ceilings.__globals__, "_COPIED", {"cpu": 1024})
-
     def test_every_subject_has_its_rounds_and_the_ceilings_of_its_group(self):
         networks = {"ours": tiny(), "peer": small_net()}
         subjects = plan(networks, ["infer", "train"], ["fp32", "bf16"], [2], compiled=False, fused=False)
@@ -292,9 +293,9 @@ class TestReport:
         failed = replace(OURS, compiled=True)
         return [
             result(self.LITERAL, 2.0, 2.0, memory=2**20),
-            result(OURS, 1.0, 1.0, first_s=3.0),
+            result(OURS, 1.0, 1.0, first_s=3.0, memory=2**19),
             result(failed, failure="out of memory"),
-            result(self.PEER, 0.5, 0.5),
+            result(self.PEER, 0.5, 0.5, memory=1),
         ]
 
     def test_tables_compare_with_the_literal_form_and_the_peer(self):
@@ -302,16 +303,18 @@ class TestReport:
         rows = {line.split(" | ")[0].lstrip("| "): line.strip("| ").split(" | ") for line in text.splitlines()}
         assert "**inference, fp32, batch 4**" in text and "a processor, 2 cores, 1 threads" in text
         assert rows["ours literal"][1:5] == ["2.00", "0.0%", "2,000", "1.00"]
-        assert rows["ours"][6:9] == ["40% bytes", "2.00", "0.50"] and rows["ours"][9] == "3.00"
+        assert rows["ours"][4:6] == ["0.500", "0.50"]
+        assert rows["ours"][7:] == ["40% bytes", "2.00", "0.50", "3.00"]
         assert rows["ours compiled"][1].strip() == "out of memory"
         widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
         assert len(widths) == 1
 
-    def test_the_best_way_is_named_against_the_literal_form_in_fp32(self):
-        results = [*self.results(), result(replace(OURS, precision="bf16", compiled=True), 0.25, 0.25)]
-        assert "- Best inference at batch 4: ours compiled, bf16: 8.00 x the literal form in fp32" in markdown(
-            results, None, MACHINE, 224
-        )
+    def test_the_best_way_is_named_against_the_literal_form_in_each_precision(self):
+        half = [result(replace(self.LITERAL, precision="bf16"), 0.5, 0.5, memory=1)]
+        half += [result(replace(OURS, precision="bf16", compiled=True), 0.25, 0.25)]
+        text = markdown([*self.results(), *half], None, MACHINE, 224)
+        line = "- best inference at batch 4: ours compiled, bf16; over the literal form 8.00 in fp32, 2.00 in bf16"
+        assert line in text.splitlines()
 
     def test_json_has_every_number_and_what_failed(self):
         written = json.loads(json.dumps(as_json(self.results(), MACHINE, {"rounds": 2})))
@@ -321,14 +324,16 @@ class TestReport:
         assert entries[1]["arithmetic_ceiling"] == [100.0, 100.0] and entries[1]["form"] == "plain"
         assert entries[2]["failure"] == "out of memory" and "images_per_s" not in entries[2]
 
-    def test_the_chart_has_a_panel_for_each_table(self, tmp_path):
-        results = self.results()
-        draw_chart(results, tmp_path / "one.png", MACHINE)
+    def test_the_chart_has_a_row_for_each_mode_and_a_column_for_each_batch_size(self, tmp_path):
+        results, pictures = self.results(), {}
         trained = [replace(r, subject=replace(r.subject, mode="train")) for r in results]
-        draw_chart([*results, *trained], tmp_path / "two.png", MACHINE)
-        one, two = (Image.open(tmp_path / name) for name in ("one.png", "two.png"))
-        assert two.width > one.width and two.height == one.height
-        assert len(one.convert("RGB").getcolors(10**6)) > 20
+        larger = [replace(r, subject=replace(r.subject, batch_size=8)) for r in results]
+        for name, shown in (("one", results), ("rows", results + trained), ("columns", results + larger)):
+            draw_chart(shown, tmp_path / name, MACHINE)
+            pictures[name] = Image.open(tmp_path / name).convert("RGB")
+        assert pictures["rows"].width == pictures["one"].width and pictures["rows"].height > pictures["one"].height
+        assert pictures["columns"].height == pictures["one"].height and pictures["columns"].width > 1000
+        assert len(pictures["one"].getcolors(10**6)) > 20
 
 
 class TestProgram:
@@ -337,7 +342,7 @@ class TestProgram:
         [
             (["--model", "groupmixformer_smal"], "groupmixformer_small"),
             (["--vs", "no-such-network"], "no network no-such-network"),
-            (["--vs", "swin_tiny_patch4_window7_224", "--img-size", "5"], "cannot be run on 5 x 5"),
+            (["--vs", "convnext_atto", "--img-size", "1"], "convnext_atto cannot be run on 1 x 1"),
             (["--device", "cpu", "--precision", "fp32", "fp16"], "--precision fp16"),
             (["--batch-size", "8", "0"], "--batch-size 0"),
             (["--rounds", "0"], "--rounds 0"),
@@ -364,9 +369,9 @@ class TestProgram:
             assert ended.stdout.count(f"| {label} |") == 1
         written = json.loads(files["json"].read_text())
         assert len(written["results"]) == 3 and written["settings"]["img_size"] == 32
-        assert Image.open(files["png"]).width > 300
+        assert files["png"].exists()
         assert {path.suffix for path in (tmp_path / "profiles").iterdir()} == {".txt", ".json"}
-        assert "aten::convolution" in (tmp_path / "profiles" / "convnext_atto_infer_fp32_2.txt").read_text()
+        assert "convolution" in (tmp_path / "profiles" / "convnext_atto_infer_fp32_2.txt").read_text()
 
     @pytest.mark.gpu
     def test_a_run_on_a_gpu_measures_compiled_training_in_half_precision(self, call, tmp_path):

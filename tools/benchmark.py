@@ -17,12 +17,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
 
 from tools.benchmarking.chart import draw_chart  # noqa: E402
 from tools.benchmarking.machine import describe_machine  # noqa: E402
@@ -95,7 +95,11 @@ def choose_device(name: str, precisions: list[str]) -> torch.device:
 
 def main() -> None:
     """Parses, measures, reports."""
-    arguments = parse()
+    benchmark_networks(parse())
+
+
+def benchmark_networks(arguments: argparse.Namespace) -> None:
+    """Measures networks, saying on standard error what is done, and reports."""
     device = choose_device(arguments.device, arguments.precision)
     choose_kernels(deterministic=False)
     if arguments.threads:
@@ -104,25 +108,19 @@ def main() -> None:
         arguments.profile.mkdir(parents=True, exist_ok=True)
     names = dict.fromkeys([arguments.model, *arguments.vs])
     networks = {name: build_network(name, arguments.img_size) for name in names}
-    settings = Settings(device, arguments.img_size, arguments.rounds, arguments.seconds, arguments.profile)
-    report(arguments, measure_all(arguments, networks, settings), describe_machine(device))
-
-
-def measure_all(arguments: argparse.Namespace, networks: dict[str, nn.Module], settings: Settings) -> list[Result]:
-    """Measures, saying on standard error what is done, and returns the results in the order of the tables."""
     subjects = plan(
         networks, arguments.mode, arguments.precision, arguments.batch_size, arguments.compile, arguments.fused
     )
-    subjects = list(dict.fromkeys(subjects))
+    settings = Settings(device, arguments.img_size, arguments.rounds, arguments.seconds, arguments.profile)
     results = {}
     for result in measure(networks, subjects, settings):
         results[result.subject] = result
         print(f"{len(results)} of {len(subjects)} measured", file=sys.stderr)
-    return [results[subject] for subject in subjects]
+    report(arguments, [results[subject] for subject in subjects], describe_machine(device))
 
 
-def report(arguments: argparse.Namespace, results: list[Result], machine: dict) -> None:
-    """Prints the tables and writes what was asked for."""
+def report(arguments: argparse.Namespace, results: list[Result], machine: dict[str, Any]) -> None:
+    """Prints the tables and writes the files that are asked for."""
     tables = markdown(results, arguments.vs[0] if arguments.vs else None, machine, arguments.img_size)
     print(tables, end="")
     if arguments.markdown:

@@ -14,28 +14,23 @@ from tools.benchmarking.measure import Result
 from tools.benchmarking.networks import LITERAL
 
 _OURS, _LITERAL, _PEER = "#2f6f9f", "#b0b0b0", "#d9742b"
-_COLUMNS = 3
 
 
 def draw_chart(results: Sequence[Result], path: Path, machine: dict[str, Any]) -> None:
-    """Draws images/s as bars: one panel for each mode, precision and batch size.
+    """Draws images/s as bars: a panel for each table, one row for each mode and precision.
 
     Args:
         results: Of a run.
         path: The PNG to write.
         machine: As `describe_machine` gives it.
     """
-    panels = [list(group) for _, group in groupby(results, lambda r: _title(r))]
+    tables = [list(group) for _, group in groupby(results, _title)]
     ours = {result.subject.network for result in results if result.subject.form == LITERAL}
-    columns = min(_COLUMNS, len(panels))
-    rows = -(-len(panels) // columns)
-    bars = max(map(len, panels))
-    figure = Figure(figsize=(1 + 5.5 * columns, 0.8 + rows * (0.8 + 0.32 * bars)), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, panel in zip(axes, panels, strict=False):
-        _draw(axis, panel, ours)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
+    columns = len({result.subject.batch_size for result in results})
+    rows, bars = len(tables) // columns, max(map(len, tables))
+    figure = Figure(figsize=(1 + 6 * columns, 0.5 + rows * (0.8 + 0.3 * bars)), dpi=120, layout="constrained")
+    for axis, table in zip(figure.subplots(rows, columns, squeeze=False).flatten(), tables, strict=True):
+        _draw(axis, table, ours)
     figure.suptitle(machine_line(machine), fontsize=9, x=0.01, ha="left")
     FigureCanvasAgg(figure).print_png(str(path))
 
@@ -57,7 +52,7 @@ def _draw(axis: Axes, panel: list[Result], ours: set[str]) -> None:
     axis.bar_label(bars, labels, padding=4, fontsize=8)
     axis.set_yticks(range(len(panel)), [result.subject.label for result in panel], fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.2 * max(*speeds, 1e-9))
+    axis.set_xlim(0, 1.15 * max(a + b for a, b in zip(speeds, spreads, strict=True)) or 1)
     axis.tick_params(axis="x", labelsize=8)
     axis.set_title(_title(panel[0]), fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)

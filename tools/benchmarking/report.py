@@ -25,7 +25,7 @@ def markdown(results: Sequence[Result], peer: str | None, machine: dict[str, Any
     parts = [f"{machine_line(machine)}; {img_size} x {img_size} images."]
     for (mode, precision, batch_size), group in groupby(results, _table_of):
         lines = [_row(result, results, peer) for result in group]
-        head = ["network", "images/s", "±", "ms", "peak MiB", "GFLOP/s", "of ceiling", "x literal"]
+        head = ["network", "images/s", "±", "ms", "peak MiB", "of literal", "GFLOP/s", "of ceiling", "x literal"]
         head += [f"x {peer}"] if peer else []
         head += ["first step, s"]
         rule = ["---", *["---:"] * (len(head) - 1)]
@@ -36,10 +36,11 @@ def markdown(results: Sequence[Result], peer: str | None, machine: dict[str, Any
 
 _LEGEND = """\
 images/s and ms: median of rounds in which all networks of a mode and batch size take turns; ±: half the distance of
-their quartiles. Peak MiB: tensors of a step above weights and optimizer state. GFLOP/s: convolutions and matrix
-products of the plain network, two for a multiply-add. Of ceiling: the larger of GFLOP/s over a large matrix product's
-(arithmetic), and of the least bytes over a large copy's. x literal: speed over the literal form, eager, in the same
-precision. x of a peer: speed over it, compiled if the row is. First step: until it is done, compilation included."""
+their quartiles. Peak MiB: tensors of a step above weights and optimizer state; of literal: over the literal form's.
+GFLOP/s: convolutions and matrix products of the plain network, two for a multiply-add. Of ceiling: the larger of
+GFLOP/s over a large matrix product's (arithmetic), and of the least bytes over a large copy's. x literal: speed over
+the literal form, eager, in the same precision. x of a peer: speed over it, compiled if the row is. First step: until it
+is done, compilation included."""
 
 
 def _table_of(result: Result) -> tuple[str, str, int]:
@@ -50,7 +51,7 @@ def _table_of(result: Result) -> tuple[str, str, int]:
 def _row(result: Result, results: Sequence[Result], peer: str | None) -> list[str]:
     subject = result.subject
     if result.failure:
-        return [subject.label, result.failure, *[""] * (8 if peer else 7)]
+        return [subject.label, result.failure, *[""] * (9 if peer else 8)]
     share, kind = max((result.arithmetic_share, "arithmetic"), (result.bytes_share, "bytes"))
     baseline = _literal_of(result, results)
     peers = [replace(subject, network=peer, form="plain")] if peer else []
@@ -60,6 +61,7 @@ def _row(result: Result, results: Sequence[Result], peer: str | None) -> list[st
         f"{result.spread:.1%}",
         _three(1e3 * result.step_s),
         _three(result.memory / 2**20),
+        f"{result.memory / baseline.memory:.2f}" if baseline else "",
         _three(result.flops / result.step_s / 1e9),
         f"{share:.0%} {kind}",
         _ratio(result, baseline),
@@ -87,19 +89,25 @@ def _literal_of(result: Result, results: Iterable[Result]) -> Result | None:
 
 
 def _best(results: Sequence[Result]) -> list[str]:
-    """For each mode and batch size, the fastest way to run a network that has a literal form, over that in fp32."""
+    """For each mode and batch size, the fastest way to run a network that has a literal form, over that form."""
+    literals = [result for result in results if result.subject.form == LITERAL and not result.failure]
+    groups: dict[tuple[str, str, int], list[Result]] = {_job_of(literal): [] for literal in literals}
+    for result in results:
+        if _job_of(result) in groups and not result.failure:
+            groups[_job_of(result)].append(result)
     lines = []
-    literals = [r for r in results if r.subject.form == LITERAL and r.subject.precision == "fp32" and not r.failure]
-    for baseline in literals:
-        wanted = replace(baseline.subject, form="", precision="", compiled=False)
-        ways = [r for r in results if replace(r.subject, form="", precision="", compiled=False) == wanted]
-        best = min((r for r in ways if not r.failure), key=lambda r: r.step_s)
-        subject = best.subject
+    for job, group in groups.items():
+        best = min(group, key=lambda result: result.step_s)
+        ratios = [f"{_ratio(best, r)} in {r.subject.precision}" for r in literals if _job_of(r) == job]
         lines.append(
-            f"Best {_MODES[subject.mode]} at batch {subject.batch_size}: {subject.label}, {subject.precision}: "
-            f"{best.speed_over(baseline):.2f} x the literal form in fp32, eager"
+            f"- best {_MODES[job[1]]} at batch {job[2]}: {best.subject.label}, {best.subject.precision}; "
+            f"over the literal form {', '.join(ratios)}"
         )
-    return ["\n".join(f"- {line}" for line in lines)] if lines else []
+    return ["\n".join(lines)] if lines else []
+
+
+def _job_of(result: Result) -> tuple[str, str, int]:
+    return result.subject.network, result.subject.mode, result.subject.batch_size
 
 
 def as_json(results: Sequence[Result], machine: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

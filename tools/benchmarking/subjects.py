@@ -49,7 +49,7 @@ def plan(
     compiled: bool,
     fused: bool,
 ) -> list[Subject]:
-    """All subjects of a run, in the order of the tables.
+    """All subjects of a run, each once, in the order of the tables.
 
     Args:
         networks: The networks by name.
@@ -59,13 +59,14 @@ def plan(
         compiled: Whether all but the literal form, which is a baseline, are measured with torch.compile too.
         fused: Whether ours is measured in its fused form too.
     """
-    return [
+    subjects = [
         Subject(name, form, mode, precision, with_compile, batch_size)
         for mode, precision, batch_size in itertools.product(modes, precisions, batch_sizes)
         for name, network in networks.items()
         for form in forms_of(network, fused, mode)
         for with_compile in ((False, True) if compiled and form != LITERAL else (False,))
     ]
+    return list(dict.fromkeys(subjects))
 
 
 class Step:
