@@ -112,11 +112,8 @@ def benchmark_networks(arguments: argparse.Namespace) -> None:
         networks, arguments.mode, arguments.precision, arguments.batch_size, arguments.compile, arguments.fused
     )
     settings = Settings(device, arguments.img_size, arguments.rounds, arguments.seconds, arguments.profile)
-    results = {}
-    for result in measure(networks, subjects, settings):
-        results[result.subject] = result
-        print(f"{len(results)} of {len(subjects)} measured", file=sys.stderr)
-    report(arguments, [results[subject] for subject in subjects], describe_machine(device))
+    results = measure(networks, subjects, settings, say=lambda line: print(line, file=sys.stderr))
+    report(arguments, results, describe_machine(device))
 
 
 def report(arguments: argparse.Namespace, results: list[Result], machine: dict[str, Any]) -> None:

@@ -100,44 +100,51 @@ class Result:
         return statistics.median(work / s / rate for s, rate in zip(self.rounds_s, rates, strict=True))
 
 
-def measure(networks: Mapping[str, nn.Module], subjects: Sequence[Subject], settings: Settings) -> Iterator[Result]:
+def measure(
+    networks: Mapping[str, nn.Module], subjects: Sequence[Subject], settings: Settings, say: Callable[[str], None]
+) -> list[Result]:
     """Measures subjects; those of one mode and batch size, which are compared with each other, take turns.
 
     Args:
         networks: The plain networks by name.
         subjects: What to measure.
         settings: How.
+        say: Called with a line about what is going on.
 
-    Yields:
-        The result of each subject, in the order of the groups.
+    Returns:
+        The result of each subject, in their order.
     """
     work = {name: count_work(network, settings.img_size) for name, network in networks.items()}
+    results = {
+        subject: Result(subject, *work[subject.network].of_step(subject.mode, subject.precision, subject.batch_size))
+        for subject in subjects
+    }
     for mode, batch_size in dict.fromkeys((subject.mode, subject.batch_size) for subject in subjects):
-        group = [subject for subject in subjects if (subject.mode, subject.batch_size) == (mode, batch_size)]
-        results = {
-            subject: Result(subject, *work[subject.network].of_step(mode, subject.precision, batch_size))
-            for subject in group
-        }
+        group = [r for r in results.values() if (r.subject.mode, r.subject.batch_size) == (mode, batch_size)]
         with _compiler(freezing=mode == "infer" and settings.device.type == "cpu"):
-            _measure_group(networks, results, settings)
-        yield from results.values()
+            _measure_group(networks, group, settings, say)
+    return list(results.values())
 
 
-def _measure_group(networks: Mapping[str, nn.Module], results: dict[Subject, Result], settings: Settings) -> None:
+def _measure_group(
+    networks: Mapping[str, nn.Module], results: list[Result], settings: Settings, say: Callable[[str], None]
+) -> None:
     device = settings.device
-    limits = ceilings({subject.precision for subject in results}, device)
+    limits = ceilings({result.subject.precision for result in results}, device)
     steps: dict[Subject | str, Callable[[], object]] = {name: step for name, (step, _) in limits.items()}
-    for subject, result in results.items():
+    for result in results:
+        say(f"first steps of {result.subject}")
         try:
-            steps[subject] = _warm(result, networks[subject.network], settings)
+            steps[result.subject] = _warm(result, networks[result.subject.network], settings)
         except RuntimeError as error:
             result.failure = out_of_memory(error)
+    say(f"{settings.rounds} rounds of all {len(results)}")
     times, failures = interleave(steps, settings.rounds, settings.seconds, device)
     best = {name: [work / seconds for seconds in times[name]] for name, (_, work) in limits.items()}
-    for subject, result in results.items():
-        result.rounds_s = times.get(subject, [])
-        result.failure = failures.get(subject, result.failure)
-        result.arithmetic_ceiling, result.copy_ceiling = best[subject.precision], best[COPY]
+    for result in results:
+        result.rounds_s = times.get(result.subject, [])
+        result.failure = failures.get(result.subject, result.failure)
+        result.arithmetic_ceiling, result.copy_ceiling = best[result.subject.precision], best[COPY]
 
 
 def _warm(result: Result, network: nn.Module, settings: Settings) -> Step:

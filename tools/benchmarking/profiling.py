@@ -20,9 +20,8 @@ def write_profile(step: Callable[[], object], subject: Subject, folder: Path, de
         for _ in range(_STEPS):
             step()
         wait(device)
-    words = f"{subject.label} {subject.mode} {subject.precision} {subject.batch_size}"
-    path = folder / re.sub(r"[^\w.]+", "_", words)
+    path = folder / re.sub(r"[^\w.]+", "_", str(subject))
     averages = profiler.key_averages(group_by_input_shape=True)
     table = averages.table(sort_by=f"self_{device.type}_time_total", row_limit=_OPERATORS, max_name_column_width=60)
-    path.with_name(path.name + ".txt").write_text(f"{words}: {_STEPS} steps\n{table}\n")
+    path.with_name(path.name + ".txt").write_text(f"{subject}: {_STEPS} steps\n{table}\n")
     profiler.export_chrome_trace(str(path.with_name(path.name + ".json")))

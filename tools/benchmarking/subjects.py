@@ -40,6 +40,9 @@ class Subject:
         words = [self.form] if self.form != PLAIN else []
         return " ".join([self.network, *words, *(["compiled"] if self.compiled else [])])
 
+    def __str__(self) -> str:
+        return f"{self.label}, {self.mode}, {self.precision}, batch {self.batch_size}"
+
 
 def plan(
     networks: Mapping[str, nn.Module],
