@@ -301,7 +301,7 @@ class TestReport:
     def test_tables_compare_with_the_literal_form_and_the_peer(self):
         text = markdown(self.results(), "peer", MACHINE, 224)
         rows = {line.split(" | ")[0].lstrip("| "): line.strip("| ").split(" | ") for line in text.splitlines()}
-        assert "**inference, fp32, batch 4**" in text and "a processor, 2 cores, 1 threads" in text
+        assert "**inference, fp32, batch 4**" in text and "a processor, 2 cores, 1 thread, torch 2;" in text
         assert rows["ours literal"][1:5] == ["2.00", "0.0%", "2,000", "1.00"]
         assert rows["ours"][4:6] == ["0.500", "0.50"]
         assert rows["ours"][7:] == ["40% bytes", "2.00", "0.50", "3.00"]

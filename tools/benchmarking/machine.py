@@ -28,7 +28,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 def machine_line(machine: dict[str, Any]) -> str:
     """The same in words."""
     gpu = f"{machine['gpu']}, CUDA {machine['cuda']}, " if "gpu" in machine else ""
-    return f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}"
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    return f"{gpu}{machine['cpu']}, {machine['cores']} cores, {threads}, torch {machine['torch']}"
 
 
 def _processor() -> str:
