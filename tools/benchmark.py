@@ -1,0 +1,133 @@
+"""Measure how fast networks run beside each other, and how near that is to what the machine can do.
+
+Usage:
+    python tools/benchmark.py --vs swin_tiny_patch4_window7_224 convnext_tiny --batch-size 8
+    python tools/benchmark.py --model groupmixformer_small --vs swin_tiny_patch4_window7_224 convnext_tiny \\
+        --mode infer train --precision fp32 bf16 --compile --fused --batch-size 1 8 64 --json speed.json --png speed.png
+
+A GroupMixFormer is measured beside its literal form too, which computes the same as published code does, step by step.
+All networks of a mode and batch size take turns with a large matrix product and a large copy, so that a machine that
+drifts changes no ratio. Weights and images are random.
+
+--compile measures each network with torch.compile too: ours block by block, others whole; inference on a CPU whole and
+with inductor's freezing. The first step's time is as inductor's cache on disk allows.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from tools.benchmarking.chart import draw_chart  # noqa: E402
+from tools.benchmarking.machine import describe_machine  # noqa: E402
+from tools.benchmarking.measure import Result, Settings, measure  # noqa: E402
+from tools.benchmarking.networks import build_network  # noqa: E402
+from tools.benchmarking.report import as_json, markdown  # noqa: E402
+from tools.benchmarking.subjects import plan  # noqa: E402
+from utils.cli import Parser, run  # noqa: E402
+from utils.errors import UserError  # noqa: E402
+from utils.optim import choose_kernels  # noqa: E402
+
+
+def parse() -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: If it is wrong.
+    """
+    parser = Parser(__doc__)
+    parser.add_argument("--model", default="groupmixformer_small", metavar="M", help="ours, or any network of timm")
+    parser.add_argument("--vs", nargs="+", default=[], metavar="M", help="networks to compare with")
+    parser.add_argument("--mode", nargs="+", default=["infer"], choices=["infer", "train"], help="kinds of step")
+    parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--compile", action="store_true", help="with torch.compile too")
+    parser.add_argument("--fused", action="store_true", help="ours in the form of models/fuse.py too, for inference")
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[8], metavar="N", help="images of a step")
+    parser.add_argument("--img-size", type=int, default=224, metavar="N", help="their height and width (default 224)")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where (default: a GPU, if any)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="measurements of each (default 7)")
+    parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="of each measurement (default 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the printed tables there too")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="write a bar chart there")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="write each one's top operators and a trace there")
+    arguments = parser.parse_args()
+    for flag, numbers in (
+        ("--batch-size", arguments.batch_size),
+        ("--img-size", [arguments.img_size]),
+        ("--threads", [] if arguments.threads is None else [arguments.threads]),
+        ("--rounds", [arguments.rounds]),
+    ):
+        if min(numbers, default=1) < 1:
+            raise UserError(f"{flag} {min(numbers)}: give at least 1")
+    if not arguments.seconds > 0:
+        raise UserError(f"--seconds {arguments.seconds}: give more than 0")
+    for flag in ("json", "markdown", "png"):
+        path = getattr(arguments, flag)
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise UserError(f"--{flag} {path}: name a file in a folder that exists")
+    return arguments
+
+
+def choose_device(name: str, precisions: list[str]) -> torch.device:
+    """The device of a name that can compute in these precisions.
+
+    Raises:
+        UserError: If it is not there, or cannot.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu" and "fp16" in precisions:
+        raise UserError("--precision fp16: is for GPUs, and the device is a CPU; use bf16")
+    return torch.device(name)
+
+
+def main() -> None:
+    """Parses, measures, reports."""
+    benchmark_networks(parse())
+
+
+def benchmark_networks(arguments: argparse.Namespace) -> None:
+    """Measures networks, saying on standard error what is done, and reports."""
+    device = choose_device(arguments.device, arguments.precision)
+    choose_kernels(deterministic=False)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.profile:
+        arguments.profile.mkdir(parents=True, exist_ok=True)
+    names = dict.fromkeys([arguments.model, *arguments.vs])
+    networks = {name: build_network(name, arguments.img_size) for name in names}
+    subjects = plan(
+        networks, arguments.mode, arguments.precision, arguments.batch_size, arguments.compile, arguments.fused
+    )
+    settings = Settings(device, arguments.img_size, arguments.rounds, arguments.seconds, arguments.profile)
+    results = measure(networks, subjects, settings, say=lambda line: print(line, file=sys.stderr))
+    report(arguments, results, describe_machine(device))
+
+
+def report(arguments: argparse.Namespace, results: list[Result], machine: dict[str, Any]) -> None:
+    """Prints the tables and writes the files that are asked for."""
+    tables = markdown(results, arguments.vs[0] if arguments.vs else None, machine, arguments.img_size)
+    print(tables, end="")
+    if arguments.markdown:
+        arguments.markdown.write_text(tables)
+    if arguments.png:
+        draw_chart(results, arguments.png, machine)
+    if arguments.json:
+        asked = {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
+        arguments.json.write_text(json.dumps(as_json(results, machine, asked), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,70 @@
+"""The networks that are measured: by name from timm, and ours in each of its forms."""
+
+import copy
+import difflib
+
+import timm
+import torch
+from torch import nn
+
+import models  # noqa: F401  (registers ours with timm)
+from models.groupmixformer import GroupMixFormer
+from tools.benchmarking.literal import literal
+from utils.errors import UserError, reason
+
+PLAIN, LITERAL, FUSED = "plain", "literal", "fused"
+
+
+def build_network(name: str, size: int) -> nn.Module:
+    """A network by its name in timm, ours among them, with fresh weights and for images of a size.
+
+    Raises:
+        UserError: If there is none of that name, or it cannot take such images.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        hint = f"near it are {', '.join(near)}" if near else "timm.list_models() has the names"
+        raise UserError(f"timm and this code have no network {name}: {hint}")
+    fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
+    torch.manual_seed(0)
+    try:
+        network = timm.create_model(name, **({"img_size": size} if fixed else {}))
+        with torch.no_grad():
+            copy.deepcopy(network).eval().to("meta")(torch.empty(1, 3, size, size, device="meta"))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{name} cannot be run on {size} x {size} images ({reason(error)}): choose others") from None
+    return network
+
+
+def forms_of(network: nn.Module, fused: bool, mode: str) -> tuple[str, ...]:
+    """The forms that a network is measured in; the literal one of ours always, as all others are compared with it."""
+    if not isinstance(network, GroupMixFormer):
+        return (PLAIN,)
+    return (LITERAL, PLAIN, FUSED) if fused and mode == "infer" else (LITERAL, PLAIN)
+
+
+def in_form(network: nn.Module, form: str) -> nn.Module:
+    """A copy of a network in one of its forms."""
+    network = copy.deepcopy(network)
+    if form == LITERAL:
+        return literal(network)
+    if form == FUSED:
+        from models.fuse import fuse
+
+        return fuse(network)
+    return network
+
+
+def compile_network(network: nn.Module, whole: bool) -> nn.Module:
+    """A network that torch.compile has been told to compile on first use.
+
+    Args:
+        network: The network.
+        whole: Whether ours is compiled in one piece too, and not block by block, which shares the code of a stage.
+    """
+    if whole or not isinstance(network, GroupMixFormer):
+        return torch.compile(network, dynamic=False)
+    for stage in network.stages:
+        for block in stage.blocks:
+            block.compile(dynamic=False)
+    return network
