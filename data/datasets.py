@@ -20,6 +20,7 @@ from yacs.config import CfgNode
 
 from data.decoding import as_mode
 from data.samplers import SampleKey
+from data.tar import TarSource
 from data.transforms import Transform
 from utils.dist import World
 from utils.errors import BrokenDataError, UserError, listing, reason
@@ -94,7 +95,7 @@ class FolderSource:
 
 
 class TimmSource:
-    """What timm's `create_dataset` reads with random access: tar files, Hugging Face and torchvision data sets."""
+    """What timm's `create_dataset` reads with random access: Hugging Face's and torchvision's data sets."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
@@ -130,7 +131,9 @@ def class_names(dataset: Any) -> list[str] | None:
     if names := getattr(dataset, "classes", None):
         return list(map(str, names))
     reader = getattr(dataset, "reader", None)
-    numbers = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+    if names := getattr(reader, "info", {}).get("classes"):  # of WebDataset shards that tools/pack_dataset.py wrote
+        return names
+    numbers = getattr(reader, "class_to_idx", None)
     if not numbers:
         return None
     return [str(name) for name, _ in sorted(numbers.items(), key=lambda item: item[1])]
@@ -270,7 +273,7 @@ class ImageStream(IterableDataset):
             raise BrokenDataError(f"the stream is broken ({reason(error)}): mend its shards") from None
 
 
-def open_split(config: CfgNode, split: str, is_training: bool) -> FolderSource | TimmSource | IterableImageDataset:
+def open_split(config: CfgNode, split: str, is_training: bool) -> Source | IterableImageDataset:
     """A split of the configured data set.
 
     Args:
@@ -291,10 +294,7 @@ def open_split(config: CfgNode, split: str, is_training: bool) -> FolderSource |
             )
         return FolderSource(Path(root) / split)
     if name == "tar":
-        path = Path(root) / f"{split}.tar"
-        if not path.is_file():
-            raise UserError(f"{path} does not exist: DATA.DATASET tar needs a tar file of class folders for each split")
-        return _open_timm(config, name="", root=str(path), split=split)
+        return TarSource(Path(root), split)
     if not name.lower().startswith(_TIMM_PREFIXES):
         raise UserError(
             f"DATA.DATASET is {name!r}: choose folder, tar, or timm's name of a data set, after one of "

@@ -423,8 +423,12 @@ def test_a_tar_file_is_checked_as_its_folder_is(check, root, workers):
     assert (result.code, tar_result.code) == (1, 1)
     assert tar_result.stdout.split("\n\n")[0] == result.stdout.split("\n\n")[0]
     assert tar_result.stdout.splitlines()[-1] == result.stdout.splitlines()[-1]
-    assert tar_report["train"]["broken"] == [{"path": "./ant/text.jpg", "class": "ant", "cause": NO_IMAGE}]
-    assert tar_report["duplicates"] == [{"train": ["./ant/000.png"], "val": ["./bee/copy.png"]}]
+    assert tar_report["train"]["broken"] == [
+        {"path": f"{root}/train.tar/ant/text.jpg", "class": "ant", "cause": NO_IMAGE}
+    ]
+    assert tar_report["duplicates"] == [
+        {"train": [f"{root}/train.tar/ant/000.png"], "val": [f"{root}/val.tar/bee/copy.png"]}
+    ]
     for split in ("train", "val"):
         for name in ("classes", "sizes", "modes", "not_read"):
             assert tar_report[split][name] == report[split][name]

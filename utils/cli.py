@@ -91,7 +91,7 @@ def config_from(arguments: argparse.Namespace) -> CfgNode:
     """
     if arguments.zip or arguments.cache_mode:
         raise UserError(
-            "--zip and --cache-mode are gone: pack the folders as tar files and use --opts DATA.DATASET tar"
+            "--zip and --cache-mode are gone: pack with tools/pack_dataset.py and use --opts DATA.DATASET tar"
         )
     if arguments.model_file not in (None, _MODEL_FILE):
         raise UserError(f"--model-file {arguments.model_file}: the network is in {_MODEL_FILE}; leave the flag out")
