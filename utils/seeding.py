@@ -24,7 +24,16 @@ def number_for(seed: int, purpose: str, *where: int) -> int:
 
 
 def seed_everything(number: int) -> None:
-    """Seeds the generators that the network, timm's augmentations and mixup draw from."""
+    """Seeds the generators that the network, erasing and mixup draw from, on all devices."""
+    seed_host(number)
+    torch.manual_seed(number)
+
+
+def seed_host(number: int) -> None:
+    """Seeds the generators that timm's augmentations draw from: the same numbers, without a word to any GPU.
+
+    `torch.manual_seed` keeps a stack trace for GPUs that are not in use yet, which takes long beside loading a sample.
+    """
     random.seed(number)
     np.random.seed(number % 2**32)
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)
