@@ -1,7 +1,8 @@
 """All randomness comes from here: a number for (seed, purpose, where), so that no random state has to be kept.
 
-A sample's augmentation depends on (seed, epoch, index), mixup and drop path on (seed, update, step, rank), the order of
-an epoch on (seed, epoch). A resumed run therefore draws what an undisturbed run draws, on any number of workers.
+A sample's augmentation depends on (seed, epoch, index), erasing, mixup and drop path on (seed, update, step, rank), the
+order of an epoch on (seed, epoch). A resumed run therefore draws what an undisturbed run draws, on any number of
+workers.
 """
 
 import hashlib
