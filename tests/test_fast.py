@@ -139,6 +139,16 @@ def test_fast_loading_takes_images_of_every_kind(form, mode, channels):
         assert (exact - fast).abs().max() <= 2
 
 
+@pytest.mark.filterwarnings("ignore:Image was not the expected size")
+def test_fast_loading_crops_the_image_that_is_decoded_where_its_header_tells_another_size():
+    buffer = io.BytesIO()
+    picture((48, 48)).save(buffer, "ICO", sizes=[(48, 48)])
+    file = bytearray(buffer.getvalue())
+    file[6:8] = 32, 32  # what the list of icons says
+    exact, fast = both(bytes(file), 0, **STILL)
+    assert (exact - fast).abs().max() <= 2
+
+
 @pytest.mark.parametrize("augmentation", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "none"])
 def test_fast_and_exact_loading_draw_the_same(augmentation):
     file, states = jpeg((150, 110)), {}
