@@ -27,8 +27,6 @@ class FastCut:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """The rectangle, as large as it is in the image, or resized where that is decoded at less than its size."""
-        if image.format != "JPEG":
-            image = as_mode(image, self._mode)  # some formats tell their size only once they are decoded
         width, height = image.size
         top, left, rows, columns = self._crop.get_params(image, self._crop.scale, self._crop.ratio)
         edges = (left, top, left + columns, top + rows)

@@ -299,7 +299,8 @@ def test_a_signal_to_the_whole_group_leaves_the_loaders_processes_alive(root, nu
     config = small_data_config(root, DATA__NUM_WORKERS=2)
     for data in (build_train_data(config, ALONE), build_eval_data(config, ALONE, None, None)):
         batches = iter(data.loader)
-        next(batches)
+        for _ in range(2):
+            next(batches)  # one from each worker, so that both have begun
         for worker in data.loader._iterator._workers:
             subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
         list(batches)

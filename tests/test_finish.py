@@ -91,3 +91,16 @@ def test_erasing_is_left_to_chance_and_to_training():
     share = (erased(images, 0, AUG__REPROB=0.25) != whole).flatten(1).any(1).float().mean()
     assert 0.15 < share < 0.35
     assert torch.equal(erased(images, 0, is_training=False, AUG__REPROB=1.0), whole)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_bits_of_the_cpu_and_erases_by_the_seed_too():
+    images, gpu = every_value(), torch.device("cuda")
+    config = configured(**WITHOUT_ERASING)
+    assert torch.equal(Finish(config, gpu, True)(images.to(gpu)).cpu(), Finish(config, CPU, True)(images))
+    erase, outputs = Finish(configured(AUG__REPROB=1.0), gpu, is_training=True), []
+    for _ in range(2):
+        seed_everything(3)
+        outputs.append(erase(images.to(gpu)))
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], Finish(config, gpu, True)(images.to(gpu)))
