@@ -6,13 +6,16 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from timm.data import IterableImageDataset, Mixup
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 from yacs.config import CfgNode
 
-from data.datasets import ImageSamples, ImageStream, check_same_classes, map_classes, open_split
+from data.datasets import ImageSamples, ImageStream, Sample, check_same_classes, map_classes, open_split
+from data.finish import Finish
 from data.samplers import EvalSampler, TrainBatchSampler
-from data.transforms import eval_transform, image_mode, train_transform
+from data.transforms import eval_transform, train_transform
 from utils.config import mixes
 from utils.dist import World
 from utils.errors import UserError
@@ -24,7 +27,8 @@ class TrainData:
     """Training batches of this rank.
 
     Attributes:
-        loader: Gives (images [B, C, H, W], class numbers [B], complaints about broken images: B texts, mostly empty).
+        loader: Gives (8-bit images [B, C, H, W], class numbers [B], complaints about broken images: B texts, mostly
+            empty).
         classes: Class names by number, or None where the data does not tell.
         images: Images over all ranks.
         steps_per_epoch: Batches of an epoch.
@@ -53,13 +57,16 @@ class EvalData:
     """Evaluation batches of this rank: every image on exactly one rank, once.
 
     Attributes:
-        loader: Gives (images [B, C, H, W], class numbers [B], complaints about broken images: B texts, mostly empty).
+        loader: Gives (8-bit images [B, C, H, W], class numbers [B], complaints about broken images: B texts, mostly
+            empty).
+        finish: Makes the network's input of the images on the device.
         classes: Class names of the data by number, or None where it does not tell.
         images: Images over all ranks, or 0 where a stream does not tell.
         rounds: Batches that every rank has, or 0 where that is not known.
     """
 
     loader: DataLoader
+    finish: Finish
     classes: list[str] | None
     images: int
     rounds: int
@@ -71,7 +78,7 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
     Raises:
         UserError: If the data is missing, or an epoch has no update.
     """
-    data, transform, mode = config.DATA, train_transform(config), image_mode(config)
+    data, transform = config.DATA, train_transform(config)
     source = open_split(config, data.TRAIN_SPLIT, is_training=True)
     replace = data.ON_ERROR == "skip"
     if isinstance(source, IterableImageDataset):
@@ -80,14 +87,14 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
                 f"AUG.REPEATS {config.AUG.REPEATS} needs random access, which {data.DATASET} has not: set it to 1"
             )
         source.set_loader_cfg(num_workers=_workers(config, world))
-        stream = ImageStream(source, transform, mode, world, config.SEED, data.BATCH_SIZE, replace)
+        stream = ImageStream(source, transform, world, config.SEED, data.BATCH_SIZE, replace)
         loader = DataLoader(stream, data.BATCH_SIZE, drop_last=True, **_loader_settings(config, world))
         classes, images, steps = stream.classes, len(stream) * world.size, len(stream) // data.BATCH_SIZE
     else:
         sampler = TrainBatchSampler(
             len(source), data.BATCH_SIZE, world.rank, world.size, config.SEED, config.AUG.REPEATS
         )
-        samples = ImageSamples(source, transform, mode, replace=replace)
+        samples = ImageSamples(source, transform, replace=replace)
         loader = DataLoader(samples, batch_sampler=sampler, **_loader_settings(config, world))
         classes, images, steps = source.classes, len(source), len(sampler)
     if steps == 0:
@@ -110,21 +117,29 @@ def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_
     Raises:
         UserError: If the data is missing or has classes that the network does not know.
     """
-    data, transform, mode = config.DATA, eval_transform(config), image_mode(config)
+    data, transform = config.DATA, eval_transform(config)
+    finish = Finish(config, world.device, is_training=False)
     source = open_split(config, data.VAL_SPLIT, is_training=False)
     if isinstance(source, IterableImageDataset):
         source.set_loader_cfg(num_workers=_workers(config, world))
-        stream = ImageStream(source, transform, mode, world, seed=None)
+        stream = ImageStream(source, transform, world, seed=None)
         if stream.classes is not None and known is not None:
             check_same_classes(known, stream.classes)
         loader = DataLoader(stream, data.BATCH_SIZE, **_loader_settings(config, world))
-        return EvalData(loader, stream.classes, source.reader.num_samples or 0, rounds=0)
+        return EvalData(loader, finish, stream.classes, source.reader.num_samples or 0, rounds=0)
     to_class = map_classes(source.classes, known, num_classes or len(source.classes or []))
-    samples = ImageSamples(source, transform, mode, to_class)
+    samples = ImageSamples(source, transform, to_class)
     sampler = EvalSampler(len(source), world.rank, world.size)
     loader = DataLoader(samples, data.BATCH_SIZE, sampler=sampler, **_loader_settings(config, world))
     rounds = math.ceil(len(source) // world.size / data.BATCH_SIZE)
-    return EvalData(loader, source.classes, len(source), rounds)
+    return EvalData(loader, finish, source.classes, len(source), rounds)
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    """A batch: images [B, C, H, W] that lie as [B, H, W, C] in memory, as samples do, so that they are only copied."""
+    images, targets, complaints = zip(*samples, strict=True)
+    pixels = default_collate([image.permute(1, 2, 0) for image in images])
+    return pixels.permute(0, 3, 1, 2), torch.tensor(targets), list(complaints)
 
 
 def available_cores() -> int:
@@ -143,6 +158,7 @@ def _loader_settings(config: CfgNode, world: World) -> dict[str, Any]:
         atexit.register(end_loaders)
     return {
         "num_workers": workers,
+        "collate_fn": collate,
         "pin_memory": config.DATA.PIN_MEMORY and world.device.type == "cuda",
         "persistent_workers": workers > 0,
         "worker_init_fn": ignore_stop_signals,

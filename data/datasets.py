@@ -1,7 +1,7 @@
 """Folders and timm's data sets -> samples of (image tensor, class number), with the class names checked.
 
 A *source* gives PIL images and class numbers, and knows its class names where they can be told; `ImageSamples` and
-`ImageStream` decode, convert and transform what sources give. A broken image never stops a loader: it comes through as
+`ImageStream` decode and transform what sources give. A broken image never stops a loader: it comes through as
 a *complaint* beside a blank image, or beside another image where broken ones are replaced, and whoever takes the batch
 decides.
 """
@@ -18,13 +18,12 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
 
-from data.decoding import as_mode
 from data.samplers import SampleKey
 from data.tar import TarSource
 from data.transforms import Transform
 from utils.dist import World
 from utils.errors import BrokenDataError, UserError, listing, reason
-from utils.seeding import number_for, seed_everything
+from utils.seeding import number_for, seed_host
 
 _FOLDER_NAMES = ("folder", "imagenet")  # the published configurations call an ImageNet folder 'imagenet'
 _BLANK_SIZE = (64, 64)
@@ -139,7 +138,11 @@ def class_names(dataset: Any) -> list[str] | None:
     return [str(name) for name, _ in sorted(numbers.items(), key=lambda item: item[1])]
 
 
-Sample = tuple[Tensor, int, str]  # (image [C, H, W], class number, complaint: empty where nothing was wrong)
+Sample = tuple[Tensor, int, str]  # (8-bit image [C, H, W], class number, complaint: empty where nothing was wrong)
+
+
+def _blank() -> Image.Image:
+    return Image.new("RGB", _BLANK_SIZE)
 
 
 class ImageSamples(Dataset):
@@ -147,8 +150,7 @@ class ImageSamples(Dataset):
 
     Args:
         source: The images.
-        transform: PIL image of the given mode -> tensor [C, H, W].
-        mode: PIL's mode.
+        transform: What is done to an image.
         to_class: Class number of the source -> class number of the network; the same if None.
         replace: Whether another sample takes a broken one's place.
     """
@@ -157,11 +159,10 @@ class ImageSamples(Dataset):
         self,
         source: Source,
         transform: Transform,
-        mode: str,
         to_class: Sequence[int] | None = None,
         replace: bool = False,
     ) -> None:
-        self.source, self._transform, self._mode = source, transform, mode
+        self.source, self._transform = source, transform
         self._to_class, self._replace = to_class, replace
 
     def __len__(self) -> int:
@@ -178,17 +179,17 @@ class ImageSamples(Dataset):
         """
         index, seed = key if isinstance(key, tuple) else (key, 0)
         if isinstance(key, tuple):
-            seed_everything(seed)
+            seed_host(seed)
         image, target, complaint = self._read(index)
         if image is None and self._replace:
             image, target = self._replacement(seed, complaint)
-        image = image or Image.new(self._mode, _BLANK_SIZE)
-        return self._transform(image), self._to_class[target] if self._to_class else target, complaint
+        image = image or self._transform.decode(_blank())
+        return self._transform.augment(image), self._to_class[target] if self._to_class else target, complaint
 
     def _read(self, index: int) -> tuple[Image.Image | None, int, str]:
         try:
             image, target = self.source.read(index)
-            return as_mode(image, self._mode), target, ""
+            return self._transform.decode(image), target, ""
         except Exception as error:  # decoders and readers raise errors of every kind at garbage
             of_class = f" of class {name}" if (name := self.source.class_of(index)) else ""
             return None, 0, f"{self.source.name(index)}{of_class} is broken ({reason(error)})"
@@ -209,8 +210,7 @@ class ImageStream(IterableDataset):
 
     Args:
         dataset: timm's.
-        transform: PIL image of the given mode -> tensor [C, H, W].
-        mode: PIL's mode.
+        transform: What is done to an image.
         world: This process among all.
         seed: The run's seed in training; None for evaluation.
         batch_size: Images of a batch, which an epoch that is gone on with is skipped ahead by.
@@ -221,13 +221,12 @@ class ImageStream(IterableDataset):
         self,
         dataset: IterableImageDataset,
         transform: Transform,
-        mode: str,
         world: World,
         seed: int | None,
         batch_size: int = 1,
         replace: bool = False,
     ) -> None:
-        self.dataset, self._transform, self._mode, self._world, self._seed = dataset, transform, mode, world, seed
+        self.dataset, self._transform, self._world, self._seed = dataset, transform, world, seed
         self._batch_size, self._replace = batch_size, replace
         # (epoch, its first batch): workers outlive an epoch and must see it
         self._start = torch.zeros(2, dtype=torch.int64).share_memory_()
@@ -253,17 +252,17 @@ class ImageStream(IterableDataset):
             if self._seed is not None:
                 if count < passed:
                     continue
-                seed_everything(number_for(self._seed, "augment stream", epoch, self._world.rank, worker, count))
+                seed_host(number_for(self._seed, "augment stream", epoch, self._world.rank, worker, count))
             elif count % self._world.size != self._world.rank:
                 continue
             try:
-                image = as_mode(image, self._mode)
+                image = self._transform.decode(image)
             except Exception as error:
                 complaint = f"an image of the stream is broken ({reason(error)})"
                 if self._replace:
                     continue
-                image = Image.new(self._mode, _BLANK_SIZE)
-            yield self._transform(image), int(target), complaint
+                image = self._transform.decode(_blank())
+            yield self._transform.augment(image), int(target), complaint
             complaint = ""
 
     def _raw(self) -> Iterator[tuple[Image.Image, int]]:

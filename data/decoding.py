@@ -18,4 +18,5 @@ def as_mode(image: Image.Image, mode: str) -> Image.Image:
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # as PIL asks for
-    return image.convert(mode)
+    image.load()
+    return image if image.mode == mode else image.convert(mode)

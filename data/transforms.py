@@ -1,17 +1,36 @@
-"""Train and evaluation transforms from the configuration, on timm's `create_transform`."""
+"""Train and evaluation transforms from the configuration, on timm's `create_transform`.
+
+They end in 8-bit pixels; `data/finish.py` does the rest to whole batches.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
+from torchvision.transforms import Compose
 from yacs.config import CfgNode
 
+from data.decoding import as_mode
+from data.fast import FastCut, FastResize
 from utils.errors import UserError
 
-Transform = Callable[[Image.Image], Tensor]
-
 _EVAL_CROP = 224 / 256  # the short side is resized to 256 for a crop of 224, and in proportion for other sizes
+
+
+@dataclass(frozen=True)
+class Transform:
+    """An image as a source opens it -> 8-bit pixels [C, H, W], which lie as [H, W, C] in memory.
+
+    Attributes:
+        decode: Reads the whole file; raises an error of any kind where it is broken.
+        augment: What is done to the decoded image.
+    """
+
+    decode: Callable[[Image.Image], Image.Image]
+    augment: Callable[[Image.Image], Tensor]
 
 
 def image_mode(config: CfgNode) -> str:
@@ -27,14 +46,14 @@ def image_mode(config: CfgNode) -> str:
 
 
 def train_transform(config: CfgNode) -> Transform:
-    """Random crop, flip, automatic augmentation or colour jitter, normalisation, random erasing.
+    """Random crop, flip, automatic augmentation or colour jitter, decoded and cropped as DATA.LOADING says.
 
     Raises:
         UserError: If timm does not know the automatic augmentation.
     """
-    aug = config.AUG
+    aug, mode = config.AUG, image_mode(config)
     try:
-        return create_transform(
+        transform = create_transform(
             config.DATA.IMG_SIZE,
             is_training=True,
             scale=tuple(aug.SCALE),
@@ -44,30 +63,31 @@ def train_transform(config: CfgNode) -> Transform:
             auto_augment=None if aug.AUTO_AUGMENT == "none" else aug.AUTO_AUGMENT,
             interpolation=config.DATA.INTERPOLATION,
             mean=tuple(config.DATA.MEAN),
-            std=tuple(config.DATA.STD),
-            re_prob=aug.REPROB,
-            re_mode=aug.REMODE,
-            re_count=aug.RECOUNT,
+            normalize=False,
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(
             f"AUG.AUTO_AUGMENT is {aug.AUTO_AUGMENT!r}, which timm does not know ({error!r}): "
             "write it as rand-m9-mstd0.5-inc1, augmix-m3-w3, original, or none"
         ) from None
+    if config.DATA.LOADING == "exact":
+        return Transform(partial(as_mode, mode=mode), transform)
+    crop, *others = transform.transforms
+    return Transform(FastCut(crop, mode), Compose([FastResize(crop), *others]))
 
 
 def eval_transform(config: CfgNode) -> Transform:
-    """Resize and centre crop, or without TEST.CROP the whole image squashed into the square; normalisation."""
+    """Resize and centre crop, or without TEST.CROP the whole image squashed into the square."""
     crop = (
         {"crop_pct": _EVAL_CROP, "crop_mode": "center"}
         if config.TEST.CROP
         else {"crop_pct": 1.0, "crop_mode": "squash"}
     )
-    return create_transform(
+    transform = create_transform(
         config.DATA.IMG_SIZE,
         is_training=False,
         interpolation=config.DATA.INTERPOLATION,
-        mean=tuple(config.DATA.MEAN),
-        std=tuple(config.DATA.STD),
+        normalize=False,
         **crop,
     )
+    return Transform(partial(as_mode, mode=image_mode(config)), transform)

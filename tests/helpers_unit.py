@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 from yacs.config import CfgNode
 
+from data.decoding import as_mode
+from data.transforms import Transform
 from utils.config import default_config, lookup
 from utils.dist import World
 from utils.engine import Training, Watch, train_one_epoch
@@ -77,9 +80,15 @@ def plain(number: int, size: tuple[int, int] = (40, 36)) -> Image.Image:
     return Image.new("RGB", size, (number, number, number))
 
 
-def number_of(image: Tensor, config: CfgNode) -> int:
-    """The grey of an evenly grey image, from its normalised tensor."""
-    return round(float((image[0].mean() * config.DATA.STD[0] + config.DATA.MEAN[0]) * 255))
+def number_of(image: Tensor) -> int:
+    """The grey of an evenly grey image."""
+    (number,) = image.unique().tolist()
+    return number
+
+
+def only_decoded(augment: Callable[[Image.Image], Any], mode: str = "RGB") -> Transform:
+    """A transform that decodes as training does, and then only calls a function."""
+    return Transform(partial(as_mode, mode=mode), augment)
 
 
 def write_folder(
@@ -139,6 +148,11 @@ def fine(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Batch]:
     return [(images, targets, [""] * len(targets)) for images, targets in pairs]
 
 
+def untouched(images: Tensor) -> Tensor:
+    """Stands for `Finish` where batches are what the network takes."""
+    return images
+
+
 def small_network(classes: int = 3) -> nn.Sequential:
     """Two layers without norms for `batches`, in double precision, with the same weights on every call."""
     generator = torch.Generator().manual_seed(2)
@@ -163,6 +177,7 @@ def training_of(network: nn.Module, steps_per_epoch: int, config: CfgNode | None
         "scheduler": build_scheduler(config, optimizer, steps, 1),
         "scaler": precision.grad_scaler(),
         "ema": build_ema(config, network),
+        "finish": untouched,
         "mixup": None,
         "precision": precision,
         "world": ALONE,
@@ -171,7 +186,6 @@ def training_of(network: nn.Module, steps_per_epoch: int, config: CfgNode | None
         "clip_grad": config.TRAIN.CLIP_GRAD,
         "most_left_out": config.TRAIN.MAX_LEFT_OUT,
         "seed": config.SEED,
-        "memory_format": torch.contiguous_format,
         "progress": Progress(),
     }
     return Training(**{**parts, **others})

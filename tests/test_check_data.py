@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.utils.data
-from helpers_unit import ROOT, noise, write_folder, write_tar
+from helpers_unit import ROOT, noise, only_decoded, write_folder, write_tar
 from PIL import Image, PngImagePlugin
 
 import data.decoding
@@ -227,7 +227,7 @@ def test_broken_files_are_named_with_class_and_cause(check, broken, workers):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 def test_what_is_found_broken_is_what_training_complains_of(check, broken):
     root, _ = broken
-    samples = ImageSamples(FolderSource(root / "train"), lambda image: image.size, "RGB")
+    samples = ImageSamples(FolderSource(root / "train"), only_decoded(lambda image: image.size))
     complaints = {
         samples.source.name(index): samples[index][2] for index in range(len(samples)) if samples[index][2] != ""
     }

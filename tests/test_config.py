@@ -629,6 +629,7 @@ BAD_VALUES = [
     ("DATA.MEAN", [0.5]),
     ("DATA.STD", [0.5, 0.5]),
     ("DATA.STD", [0.5, 0.0, 0.5]),
+    ("DATA.LOADING", "faster"),
     ("DATA.ON_ERROR", "ignore"),
     ("DATA.MAX_BROKEN", -0.1),
     ("DATA.MAX_BROKEN", 1.1),
@@ -707,6 +708,7 @@ def test_a_value_that_cannot_work_is_refused_by_its_key(name, value):
         ("AUG.SCALE", [1.0, 1.0]),
         ("AUG.MIXUP", 0.0),
         ("TRAIN.EMA_DECAY", 0.9999),
+        ("DATA.LOADING", "fast"),
         ("DATA.ON_ERROR", "skip"),
         ("DATA.MAX_BROKEN", 0.0),
         ("DATA.MAX_BROKEN", 1.0),
@@ -728,6 +730,13 @@ def test_a_value_at_the_edge_is_taken(name, value):
 
 def test_an_odd_batch_is_taken_where_nothing_mixes():
     check(configured(DATA__BATCH_SIZE=63, AUG__MIXUP=0.0, AUG__CUTMIX=0.0))
+
+
+@pytest.mark.parametrize("interpolation", ["lanczos", "nearest"])
+def test_fast_loading_is_refused_where_torch_has_no_such_filter(interpolation):
+    check(configured(DATA__INTERPOLATION=interpolation))
+    with pytest.raises(UserError, match=rf"DATA\.LOADING fast .* DATA\.INTERPOLATION {interpolation}"):
+        check(configured(DATA__INTERPOLATION=interpolation, DATA__LOADING="fast"))
 
 
 def test_apexs_name_and_ours_for_the_precision_exclude_each_other():

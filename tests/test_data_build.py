@@ -19,6 +19,7 @@ from helpers_unit import (
     examples,
     noise,
     number_of,
+    only_decoded,
     plain,
     small_data_config,
     write_folder,
@@ -28,6 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from timm.data import IterableImageDataset
+from torchvision.transforms.functional import pil_to_tensor
 
 from data.build import build_eval_data, build_mixup, build_train_data
 from utils.dist import World
@@ -65,16 +67,26 @@ def same(first, second):
     )
 
 
-def numbers_of(loader, config):
+def numbers_of(loader):
     """The greys of the images of evenly grey data, and their classes."""
     found = []
     for images, targets, complaints in loader:
         assert not any(complaints)
-        found += [(number_of(image, config), int(target)) for image, target in zip(images, targets, strict=True)]
+        found += [(number_of(image), int(target)) for image, target in zip(images, targets, strict=True)]
     return found
 
 
 # Training
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_batch_lies_in_memory_as_its_images_do(root, channels, workers):
+    config = small_data_config(root, DATA__NUM_WORKERS=workers)
+    if channels == 1:
+        config.merge_from_list(["MODEL.GMA.IN_DIM", 1, "DATA.MEAN", [0.3], "DATA.STD", [0.4]])
+    for images, _ in epoch_of(config):
+        assert images.permute(0, 2, 3, 1).is_contiguous()
 
 
 def test_training_batches_are_images_and_class_numbers(root):
@@ -82,7 +94,7 @@ def test_training_batches_are_images_and_class_numbers(root):
     batches = epoch_of(None, data=data)
     assert (data.classes, data.images, data.steps_per_epoch, len(batches)) == (["a", "b", "c"], 14, 3, 3)
     for images, targets in batches:
-        assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.float32)
+        assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.uint8)
         assert (targets.shape, targets.dtype) == ((4,), torch.int64)
         assert set(targets.tolist()) <= {0, 1, 2}
 
@@ -119,9 +131,9 @@ def test_the_files_of_a_batch_are_named(root, repeats):
     config = small_data_config(root, AUG__REPEATS=repeats)
     for rank in range(2):
         data = build_train_data(config, World(rank, 2, CPU))
-        data.loader.dataset._transform = lambda image: torch.tensor(float(np.asarray(image).sum()))
-        sums = {float(pixels_of(path).sum()): str(path) for path in (root / "train").rglob("*.png")}
-        given = [sums[float(image)] for images, _ in epoch_of(None, epoch=2, data=data) for image in images]
+        data.loader.dataset._transform = only_decoded(pil_to_tensor)
+        sums = {int(pixels_of(path).sum()): str(path) for path in (root / "train").rglob("*.png")}
+        given = [sums[int(image.sum())] for images, _ in epoch_of(None, epoch=2, data=data) for image in images]
         assert len(given) == 4
         assert data.names(2, range(1)) == given
         assert data.names(2, range(data.steps_per_epoch)) == given
@@ -149,14 +161,14 @@ def partly_broken(tmp_path):
 def test_a_broken_image_is_told_beside_its_batch(partly_broken, on_error, workers):
     root, broken = partly_broken
     config = small_data_config(root, DATA__ON_ERROR=on_error, DATA__NUM_WORKERS=workers)
-    config.AUG.COLOR_JITTER = config.AUG.REPROB = 0.0
+    config.AUG.COLOR_JITTER = 0.0
     complaints, blanks = [], 0
     data = build_train_data(config, ALONE)
     data.set_epoch(1)
     for images, targets, of_batch in data.loader:
         assert len(images) == len(targets) == len(of_batch) == 4
         complaints += [complaint for complaint in of_batch if complaint]
-        blanks += sum(number_of(image, config) == 0 for image in images)
+        blanks += sum(number_of(image) == 0 for image in images)
     assert {complaint.split(" of class ")[0] for complaint in complaints} == broken
     assert len(complaints) == 2
     assert blanks == (2 + 1 if on_error == "stop" else 1)  # image 0 is black
@@ -168,7 +180,7 @@ def test_a_broken_validation_image_is_never_replaced(partly_broken, on_error):
     config = small_data_config(root, DATA__ON_ERROR=on_error)
     numbers, told = [], []
     for images, _, of_batch in build_eval_data(config, ALONE, None, None).loader:
-        numbers += [number_of(image, config) for image in images]
+        numbers += [number_of(image) for image in images]
         told += of_batch
     assert numbers == [0, 1, 0, 3, 4, 5, 6, 7, 0, 9, 10, 11]
     assert [number for number, complaint in enumerate(told) if complaint] == [2, 8]
@@ -228,7 +240,7 @@ def test_each_validation_image_is_given_exactly_once(root, ranks, workers):
         ranks = 12  # one rank without any image is enough
     config = small_data_config(root, DATA__NUM_WORKERS=workers)
     shares = [build_eval_data(config, World(rank, ranks, CPU), None, None) for rank in range(ranks)]
-    seen = [found for data in shares for found in numbers_of(data.loader, config)]
+    seen = [found for data in shares for found in numbers_of(data.loader)]
     assert sorted(seen) == [(number, (number >= 4) + (number >= 8)) for number in range(11)]
     assert {data.images for data in shares} == {11}
     assert shares[0].classes == ["a", "b", "c"]
@@ -250,7 +262,7 @@ def test_rounds_are_the_batches_that_every_rank_has(images, ranks, batch_size):
 def test_classes_get_the_networks_numbers(root):
     config = small_data_config(root)
     data = build_eval_data(config, ALONE, ["c", "x", "a", "b"], 4)
-    assert sorted(numbers_of(data.loader, config)) == [(n, 2 if n < 4 else 3 if n < 8 else 0) for n in range(11)]
+    assert sorted(numbers_of(data.loader)) == [(n, 2 if n < 4 else 3 if n < 8 else 0) for n in range(11)]
     assert data.classes == ["a", "b", "c"]
 
 
@@ -287,7 +299,8 @@ def test_a_signal_to_the_whole_group_leaves_the_loaders_processes_alive(root, nu
     config = small_data_config(root, DATA__NUM_WORKERS=2)
     for data in (build_train_data(config, ALONE), build_eval_data(config, ALONE, None, None)):
         batches = iter(data.loader)
-        next(batches)
+        for _ in range(2):
+            next(batches)  # one from each worker, so that both have begun
         for worker in data.loader._iterator._workers:
             subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
         list(batches)
@@ -332,10 +345,11 @@ def test_a_program_that_fails_ends_with_its_loaders_processes(root, error, code)
 
 
 @pytest.mark.parametrize("pinned", [True, False])
-def test_memory_is_pinned_for_a_gpu_where_asked_for(root, pinned):
+def test_memory_is_pinned_for_a_gpu_where_asked_for(root, pinned, monkeypatch):
     world = World(0, 1, torch.device("cuda", 0))
     config = small_data_config(root, DATA__PIN_MEMORY=pinned)
     assert build_train_data(config, world).loader.pin_memory is pinned
+    monkeypatch.setattr("data.build.Finish", mock.Mock())  # puts its numbers on the GPU
     assert build_eval_data(config, world, None, None).loader.pin_memory is pinned
 
 
@@ -376,13 +390,13 @@ def test_a_streams_epoch_that_is_gone_on_with_gives_the_same_rest(streamed, work
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_a_streams_broken_images_are_replaced_where_asked_for(streamed, on_error):
     streamed.DATA.ON_ERROR = on_error
-    streamed.AUG.COLOR_JITTER = streamed.AUG.REPROB = 0.0
+    streamed.AUG.COLOR_JITTER = 0.0
     data = build_train_data(streamed, ALONE)
     good, cut = list(data.loader.dataset.dataset.reader), Image.open(io.BytesIO(b"P6 40 36 255\n"))
     data.loader.dataset.dataset.reader = [(cut, 0), *good]
     images, _, complaints = next(iter(data.loader))
     assert [bool(complaint) for complaint in complaints] == [True, False, False, False]
-    assert [number_of(image, streamed) for image in images] == ([0, 0, 1, 2] if on_error == "stop" else [0, 1, 2, 3])
+    assert [number_of(image) for image in images] == ([0, 0, 1, 2] if on_error == "stop" else [0, 1, 2, 3])
 
 
 def test_a_streams_epochs_are_told_to_its_reader(streamed):
@@ -397,7 +411,7 @@ def test_a_streams_epochs_are_told_to_its_reader(streamed):
 def test_a_stream_is_scored_exactly_once(streamed, ranks, workers):
     streamed.DATA.NUM_WORKERS = workers
     shares = [build_eval_data(streamed, World(rank, ranks, CPU), None, 3) for rank in range(ranks)]
-    seen = [found for data in shares for found in numbers_of(data.loader, streamed)]
+    seen = [found for data in shares for found in numbers_of(data.loader)]
     assert sorted(seen) == [(number, number % 3) for number in range(11)]
     assert {data.images for data in shares} == {11}
 

@@ -15,7 +15,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers_unit import ALONE, CPU, FakeReader, configured, examples, noise, plain, write_folder, write_tar
+from helpers_unit import (
+    ALONE,
+    CPU,
+    FakeReader,
+    configured,
+    examples,
+    noise,
+    only_decoded,
+    plain,
+    write_folder,
+    write_tar,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -48,7 +59,7 @@ def pixels(image):
 
 
 def samples_of(root, mode="RGB", transform=pixels, replace=False):
-    return ImageSamples(FolderSource(root), transform, mode, replace=replace)
+    return ImageSamples(FolderSource(root), only_decoded(transform, mode), replace=replace)
 
 
 # Folders
@@ -99,7 +110,7 @@ def test_a_class_without_images_is_named(tmp_path):
 
 def test_a_sample_is_transformed_and_its_class_translated(tmp_path):
     write_folder(tmp_path, {"a": 1, "b": 1}, plain)
-    samples = ImageSamples(FolderSource(tmp_path), lambda image: image.getpixel((0, 0)), "L", to_class=[7, 3])
+    samples = ImageSamples(FolderSource(tmp_path), only_decoded(lambda image: image.getpixel((0, 0)), "L"), [7, 3])
     assert [samples[index] for index in range(len(samples))] == [(0, 7, ""), (1, 3, "")]
 
 
@@ -346,7 +357,7 @@ def packed(tmp_path):
 
 def contents(source):
     """(class name, pixels) of all samples."""
-    loaded = [ImageSamples(source, pixels, "RGB")[index] for index in range(len(source))]
+    loaded = [ImageSamples(source, only_decoded(pixels))[index] for index in range(len(source))]
     assert not any(complaint for _, _, complaint in loaded)
     return Counter((source.classes[target], image.tobytes()) for image, target, _ in loaded)
 
@@ -370,16 +381,16 @@ def test_a_network_of_a_folder_scores_a_tar_file_by_the_names_of_the_classes(pac
     folder = FolderSource(packed / "val")
     tar = open_split(configured(DATA__DATASET="tar", DATA__DATA_PATH=str(packed)), "val", is_training=False)
     to_class = map_classes(tar.classes, folder.classes, 4)
-    numbers = Counter(ImageSamples(tar, unchanged, "RGB", to_class)[index][1] for index in range(len(tar)))
+    numbers = Counter(ImageSamples(tar, only_decoded(unchanged), to_class)[index][1] for index in range(len(tar)))
     assert numbers == Counter(folder.read(index)[1] for index in range(len(folder)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_tar_file_can_be_read_by_several_workers(packed, workers):
     source = open_split(configured(DATA__DATASET="tar", DATA__DATA_PATH=str(packed)), "train", is_training=True)
-    alone = [image.tobytes() for image, _, _ in (ImageSamples(source, pixels, "RGB")[i] for i in range(8))]
+    alone = [image.tobytes() for image, _, _ in (ImageSamples(source, only_decoded(pixels))[i] for i in range(8))]
     fresh = open_split(configured(DATA__DATASET="tar", DATA__DATA_PATH=str(packed)), "train", is_training=True)
-    loader = DataLoader(ImageSamples(fresh, pixels, "RGB"), batch_size=None, num_workers=workers)
+    loader = DataLoader(ImageSamples(fresh, only_decoded(pixels)), batch_size=None, num_workers=workers)
     assert [bytes(image.numpy()) for image, _, _ in loader] == alone
 
 
@@ -389,10 +400,10 @@ def test_a_broken_image_of_timms_data_sets_is_named_too(tmp_path, name):
     (root / "a" / "001.png").write_bytes(FORMS["PNG"][:500])
     write_tar(tmp_path / "train.tar", root)
     source = open_split(configured(DATA__DATASET=name, DATA__DATA_PATH=str(tmp_path)), "train", is_training=True)
-    complaints = [ImageSamples(source, pixels, "RGB")[index][2] for index in range(2)]
+    complaints = [ImageSamples(source, only_decoded(pixels))[index][2] for index in range(2)]
     assert complaints[0] == ""
     assert_complaint(complaints[1], "001.png of class a")
-    replaced = ImageSamples(source, pixels, "RGB", replace=True)[1]
+    replaced = ImageSamples(source, only_decoded(pixels), replace=True)[1]
     assert np.array_equal(replaced[0], pixels(noise(0)))
     assert replaced[2] == complaints[1]
 
@@ -512,7 +523,7 @@ def test_a_number_of_classes_that_does_not_fit_is_refused(key, classes):
 
 def stream_of(count, world, seed=None, transform=unchanged, mode="RGB", reader=FakeReader, **settings):
     dataset = IterableImageDataset("", reader=reader(count, world))
-    return ImageStream(dataset, transform, mode, world, seed, **settings)
+    return ImageStream(dataset, only_decoded(transform, mode), world, seed, **settings)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -619,15 +630,17 @@ def test_skipped_samples_of_a_stream_are_neither_decoded_nor_transformed():
             self._image = image
             self.mode, self.info = image.mode, image.info
 
-        def convert(self, mode):
+        def load(self):
             decoded.append(grey(self._image)[0])
+
+        def convert(self, mode):
             return self._image.convert(mode)
 
     def transform(image):
-        transformed.append(grey(image)[0])
+        transformed.append(grey(image))
         return grey(image)
 
-    stream = stream_of(12, ALONE, 0, transform, reader=Counting, batch_size=4)
+    stream = stream_of(12, ALONE, 0, transform, mode="L", reader=Counting, batch_size=4)
     stream.set_epoch(0, 2)
     assert len(list(stream)) == 4
     assert decoded == transformed == [8, 9, 10, 11]

@@ -19,6 +19,7 @@ from helpers_unit import (
     start_ranks,
     train,
     training_of,
+    untouched,
 )
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -223,7 +224,7 @@ def fail_together(here, failing):
 def score_shares(here):
     data = batches(5, 4)
     share = data[:4] if here.rank == 0 else data[4:]
-    score = evaluate(small_network(), share, here, FP32, images=20, rounds=1)
+    score = evaluate(small_network(), share, untouched, here, FP32, images=20, rounds=1)
     return [score.images, score.correct1, score.correct5, score.loss]
 
 
@@ -243,7 +244,7 @@ def stop_evaluation(here, rank, rounds, at, why):
     network.register_forward_hook(lambda module, inputs, output: scored.append(None))
     signals = (lambda: 15 * (next(asked) >= number)) if stops and why == "asked" else int
     try:
-        evaluate(network, data, here, FP32, rounds=rounds, asked_to_stop=signals)
+        evaluate(network, data, untouched, here, FP32, rounds=rounds, asked_to_stop=signals)
     except (BrokenDataError, Stopped) as error:
         return [str(error), len(scored)]
 
@@ -361,7 +362,7 @@ def test_buffers_are_rank_0s_everywhere(pair):
 
 @pytest.mark.slow
 def test_a_score_does_not_depend_on_who_scored_what(pair):
-    alone = evaluate(small_network(), batches(5, 4), ALONE, FP32)
+    alone = evaluate(small_network(), batches(5, 4), untouched, ALONE, FP32)
     for seen in pair:
         assert seen["score"][:3] == [alone.images, alone.correct1, alone.correct5]
         assert seen["score"][3] == pytest.approx(alone.loss, rel=1e-6)
@@ -452,7 +453,7 @@ def exchange_in(where, training):
     if where == "training":
         train_one_epoch(training, batches(2, 4), 10, Watch())
     elif where == "evaluation":
-        evaluate(small_network(), batches(2, 4), training.world, FP32, rounds=2)
+        evaluate(small_network(), batches(2, 4), untouched, training.world, FP32, rounds=2)
     with together():
         pass
 

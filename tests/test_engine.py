@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from helpers_unit import (
     small_network,
     train,
     training_of,
+    untouched,
 )
 from torch import nn
 
@@ -227,6 +229,43 @@ def test_a_steps_randomness_repeats_whatever_was_drawn_before():
 def test_a_steps_randomness_differs_by_seed_update_step_and_rank():
     seen = draws(accumulation=2, epochs=(0, 1)) + draws(accumulation=2, seed=1) + draws(accumulation=2, rank=1)
     assert len(set(seen)) == len(seen) == 16
+
+
+def drawn_by_finish(seed=0, rank=0, epochs=(0, 1)):
+    """What the generators of Python and torch give to `finish` in every step, and to mixup and the network after it."""
+    seen = []
+
+    def finish(images):
+        seen.append((random.random(), float(torch.rand(()))))
+        return images
+
+    def mixup(images, targets):
+        seen.append("mixup")
+        return images, targets
+
+    network = small_network()
+    network.register_forward_pre_hook(lambda module, inputs: seen.append("network"))
+    config = plain_training(SEED=seed, TRAIN__ACCUMULATION_STEPS=2)
+    training = training_of(network, 4, config, world=World(rank, 1, CPU), finish=finish, mixup=mixup)
+    for epoch in epochs:
+        train(training, batches(4, 4), epoch)
+    return seen
+
+
+def test_images_are_finished_by_the_steps_randomness_ahead_of_mixup():
+    torch.manual_seed(1)
+    first = drawn_by_finish()
+    assert first[1::3] == ["mixup"] * 8
+    assert first[2::3] == ["network"] * 8
+    random.seed(2)
+    assert drawn_by_finish(epochs=(1,)) == first[12:]
+    assert len({*first[::3], *drawn_by_finish(seed=1)[::3], *drawn_by_finish(rank=1)[::3]}) == 24
+
+
+def test_evaluation_finishes_images_too():
+    plain = evaluate(Fixed(), batches(2, 4), untouched, ALONE, FP32)
+    halved = fine((images / 2, targets) for images, targets, _ in batches(2, 4))
+    assert evaluate(Fixed(), halved, lambda images: images * 2, ALONE, FP32) == plain
 
 
 def test_what_the_loader_draws_does_not_reach_the_network():
@@ -678,20 +717,6 @@ def test_an_overflow_in_half_precision_skips_the_update_and_goes_on():
     assert (training.progress.updates, training.progress.left_out) == (0, 1)
 
 
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_images_come_in_the_layout_asked_for(memory_format):
-    seen = []
-
-    class Noting(nn.Module):
-        def forward(self, images):
-            seen.append(images.is_contiguous(memory_format=memory_format))
-            return images
-
-    network = nn.Sequential(Noting(), small_network())
-    train(training_of(network, 2, memory_format=memory_format), batches(2, 4))
-    assert seen == [True, True]
-
-
 # Evaluation
 
 
@@ -708,7 +733,7 @@ def test_an_evaluation_counts_exactly_whatever_the_batch_size(size):
     images = torch.randn(23, 3, 2, 2, generator=generator)
     targets = torch.randint(6, (23,), generator=generator)
     logits = images.flatten(1)[:, :6]
-    score = evaluate(Fixed(), fine(zip(images.split(size), targets.split(size), strict=True)), ALONE, FP32)
+    score = evaluate(Fixed(), fine(zip(images.split(size), targets.split(size), strict=True)), untouched, ALONE, FP32)
     assert score.images == 23
     assert score.correct1 == int((logits.argmax(1) == targets).sum())
     assert score.correct5 == 23 - int((logits.argmin(1) == targets).sum())
@@ -721,8 +746,8 @@ def test_an_evaluation_changes_nothing_of_the_network_and_takes_no_gradient():
     before = {name: value.clone() for name, value in network.state_dict().items()}
     recorded = []
     network.register_forward_hook(lambda module, inputs, output: recorded.append(output.requires_grad))
-    first = evaluate(network, batches(3, 4), ALONE, FP32)
-    assert evaluate(network, batches(3, 4), ALONE, FP32) == first
+    first = evaluate(network, batches(3, 4), untouched, ALONE, FP32)
+    assert evaluate(network, batches(3, 4), untouched, ALONE, FP32) == first
     assert equal(dict(network.state_dict()), before)
     assert set(recorded) == {False}
 
@@ -731,7 +756,7 @@ def test_training_goes_on_in_training_mode_after_an_evaluation():
     network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3)).double()
     training = training_of(network, 2)
     train(training, batches(2, 4))
-    evaluate(network, batches(2, 4), ALONE, FP32)
+    evaluate(network, batches(2, 4), untouched, ALONE, FP32)
     before = int(network[1].num_batches_tracked)
     train(training, batches(2, 4), 1)
     assert int(network[1].num_batches_tracked) == before + 2
@@ -743,7 +768,7 @@ def test_an_evaluation_leaves_the_next_epoch_as_it_would_be():
         training = training_of(network, 3)
         train(training, batches(3, 4))
         if scored:
-            evaluate(network, batches(3, 4), ALONE, FP32)
+            evaluate(network, batches(3, 4), untouched, ALONE, FP32)
         train(training, batches(3, 4), 1)
     assert equal(weights_of(networks[0]), weights_of(networks[1]))
 
@@ -754,26 +779,26 @@ def test_an_evaluation_computes_in_the_precision_asked_for():
     network.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     data = in_single(batches(1, 4))
     for name in ("fp32", "bf16"):
-        evaluate(network, data, ALONE, Precision(name, "cpu"))
+        evaluate(network, data, untouched, ALONE, Precision(name, "cpu"))
     assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_an_evaluation_of_nothing_is_refused():
     with pytest.raises(UserError, match="0 of some"):
-        evaluate(Fixed(), [], ALONE, FP32)
+        evaluate(Fixed(), [], untouched, ALONE, FP32)
 
 
 def test_an_evaluation_of_other_images_than_announced_is_refused():
-    score = evaluate(Fixed(), batches(2, 4), ALONE, FP32, images=8)
+    score = evaluate(Fixed(), batches(2, 4), untouched, ALONE, FP32, images=8)
     assert score.images == 8
     with pytest.raises(UserError, match="8 of 9"):
-        evaluate(Fixed(), batches(2, 4), ALONE, FP32, images=9)
+        evaluate(Fixed(), batches(2, 4), untouched, ALONE, FP32, images=9)
 
 
 def test_an_evaluation_ends_at_a_broken_image():
     data = with_complaints(batches(3, 4), batch_1=["", "a.png is broken"], batch_2=["b.png is broken"])
     with pytest.raises(BrokenDataError, match=r"^a\.png is broken: mend or remove it$"):
-        evaluate(Fixed(), data, ALONE, FP32)
+        evaluate(Fixed(), data, untouched, ALONE, FP32)
 
 
 @pytest.mark.parametrize("rounds", [0, 3])
@@ -783,6 +808,14 @@ def test_an_evaluation_ends_when_it_is_asked_to(at, rounds):
     network = Fixed()
     network.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     with pytest.raises(Stopped) as caught:
-        evaluate(network, batches(3, 4), ALONE, FP32, rounds=rounds, asked_to_stop=lambda: 15 * (next(asked) == at))
+        evaluate(
+            network,
+            batches(3, 4),
+            untouched,
+            ALONE,
+            FP32,
+            rounds=rounds,
+            asked_to_stop=lambda: 15 * (next(asked) == at),
+        )
     assert caught.value.signal == 15
     assert len(seen) == (at - 1 if rounds else 3)

@@ -306,7 +306,7 @@ class FakeData:
         return [f"{place}.png" for place in places]
 
 
-EVAL_DATA = EvalData(batches(2, 4), None, images=0, rounds=2)
+EVAL_DATA = EvalData(batches(2, 4), helpers_unit.untouched, None, images=0, rounds=2)
 
 
 def run(folder, training, config):

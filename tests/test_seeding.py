@@ -11,7 +11,7 @@ from helpers_unit import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.seeding import number_for, seed_everything
+from utils.seeding import number_for, seed_everything, seed_host
 
 PLACES = st.tuples(
     st.integers(0, 2**40), st.sampled_from(["order", "augment", "step"]), st.lists(st.integers(0, 2**40), max_size=4)
@@ -78,6 +78,14 @@ def test_seeding_reaches_all_generators():
     assert all(a != b for a, b in zip(first, then, strict=True))
     seed_everything(number_for(0, "b"))
     assert all(a != b for a, b in zip(first, drawn(), strict=True))
+
+
+def test_seeding_the_host_alone_gives_its_generators_the_same_numbers():
+    for number in (0, 5, 2**32, 2**63 - 1):
+        seed_everything(number)
+        first = drawn()
+        seed_host(number)
+        assert drawn() == first
 
 
 @pytest.mark.parametrize("number", [0, 2**32, 2**63 - 1])

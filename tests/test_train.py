@@ -772,7 +772,7 @@ def test_what_another_number_of_ranks_makes_inexact_is_told(fewer, more):
     ):
         (said,) = [line for line in run.result.stdout.splitlines() if f"going on with {change} an update" in line]
         assert "no longer" in said
-        for thing in ("drop path", "mixup", "batch norms"):
+        for thing in ("erasing", "drop path", "mixup", "batch norms"):
             assert thing in said
 
 

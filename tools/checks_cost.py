@@ -70,7 +70,7 @@ def time_updates(training: Training, shape: tuple[int, ...], rounds: int) -> tup
     Returns:
         Seconds of each update with checks, and of the one without that follows it.
     """
-    images, targets = torch.randn(shape), torch.randint(_CLASSES, shape[:1])
+    images, targets = torch.randint(256, shape, dtype=torch.uint8), torch.randint(_CLASSES, shape[:1])
     times: dict[bool, list[float]] = {True: [], False: []}
     vote = engine._vote
 

@@ -33,6 +33,7 @@ def default_config() -> CfgNode:
                 "STD": [0.229, 0.224, 0.225],
                 "NUM_WORKERS": 8,  # on each rank, at most as many as it has cores
                 "PIN_MEMORY": True,
+                "LOADING": "exact",  # PIL's pixels; or fast: nearly the same ones, in training only
                 "ON_ERROR": "stop",  # at a broken image; or skip: another one takes its place, in training only
                 "MAX_BROKEN": 0.01,  # share of the training images that may be broken
             },
@@ -121,6 +122,7 @@ def default_config() -> CfgNode:
 
 _CHOICES = {
     "MODEL.TYPE": ("groupmixformer",),
+    "DATA.LOADING": ("exact", "fast"),
     "DATA.ON_ERROR": ("stop", "skip"),
     "TRAIN.ON_NONFINITE": ("stop", "skip"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest"),
@@ -368,6 +370,11 @@ def _check_combinations(config: CfgNode) -> None:
     for name in ("SCALE", "RATIO"):
         if len(aug[name]) != 2 or not 0 < aug[name][0] <= aug[name][1]:
             raise UserError(f"AUG.{name} is {aug[name]}: give a lower and an upper bound above 0")
+    if config.DATA.LOADING == "fast" and config.DATA.INTERPOLATION not in ("bicubic", "bilinear"):
+        raise UserError(
+            f"DATA.LOADING fast cannot resize with DATA.INTERPOLATION {config.DATA.INTERPOLATION}: "
+            "choose bicubic or bilinear, or DATA.LOADING exact"
+        )
     betas, minmax = train.OPTIMIZER.BETAS, aug.CUTMIX_MINMAX
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"TRAIN.OPTIMIZER.BETAS is {betas}: give two numbers from 0 to below 1")

@@ -24,7 +24,7 @@ from utils.seeding import number_for, seed_everything
 
 
 class Batches(Sized, Iterable[Any], Protocol):
-    """A loader of (images [B, C, H, W], class numbers [B], complaints about broken images: B texts, mostly empty)."""
+    """A loader of (8-bit images [B, C, H, W], class numbers [B], complaints about broken images: mostly empty)."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Training:
         scheduler: timm's, asked for the learning rate of an update by its number.
         scaler: torch's loss scaler, idle outside fp16.
         ema: timm's moving average, if there is one.
+        finish: Makes floating-point input of 8-bit images on the device; may draw, and is seeded for each step.
         mixup: Mixes images and targets, if it is on.
         precision: How the network computes.
         world: This process among all.
@@ -47,7 +48,6 @@ class Training:
         clip_grad: Largest gradient norm of an update, 0 for no clipping.
         most_left_out: Updates in a row that the loss scaler may leave out.
         seed: The run's.
-        memory_format: Layout of the images.
         progress: How far the run is.
     """
 
@@ -58,6 +58,7 @@ class Training:
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
+    finish: Callable[[Tensor], Tensor]
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
     precision: Precision
     world: World
@@ -66,7 +67,6 @@ class Training:
     clip_grad: float
     most_left_out: int
     seed: int
-    memory_format: torch.memory_format
     progress: Progress
 
 
@@ -168,6 +168,7 @@ def _accumulate(run: Training, batches: Iterator[Any], micro_steps: int, meter: 
         images, targets, of_batch = _next(run, batches, meter)
         complaints += filter(None, of_batch)
         seed_everything(number_for(run.seed, "step", position, micro_step, run.world.rank))
+        images = run.finish(images)
         if run.mixup:
             images, targets = run.mixup(images, targets)
         is_last = micro_step == micro_steps - 1
@@ -188,7 +189,7 @@ def _next(run: Training, batches: Iterator[Any], meter: Meter) -> tuple[Tensor, 
             "a stream's shards are missing or hold fewer images than its index says; mend them"
         )
     images, targets, complaints = batch
-    images = images.to(run.world.device, non_blocking=True, memory_format=run.memory_format)
+    images = images.to(run.world.device, non_blocking=True)
     targets = targets.to(run.world.device, non_blocking=True)
     meter.add_data_seconds(time.perf_counter() - since)
     return images, targets, complaints
@@ -240,6 +241,7 @@ def _leave_out(run: Training, votes: _Votes, buffers: list[Tensor]) -> None:
 def evaluate(
     network: nn.Module,
     loader: Batches,
+    finish: Callable[[Tensor], Tensor],
     world: World,
     precision: Precision,
     images: int = 0,
@@ -251,6 +253,7 @@ def evaluate(
     Args:
         network: The bare network, which waits for no other rank.
         loader: This rank's images.
+        finish: Makes floating-point input of 8-bit images on the device.
         world: This process among all.
         precision: How to compute.
         images: How many images all ranks together must score; 0 if that is not known.
@@ -272,7 +275,7 @@ def evaluate(
         if number < rounds and any_rank(bool(complaint or signal), world.device):
             break
         if not complaint:
-            inputs = inputs.to(world.device, non_blocking=True)
+            inputs = finish(inputs.to(world.device, non_blocking=True))
             targets = targets.to(world.device, non_blocking=True)
             with precision.autocast():
                 logits = network(inputs)

@@ -149,7 +149,7 @@ def fit_to_ranks(config: CfgNode, found: Found | None, here: World) -> CfgNode:
     if saved["ranks"] != here.size or _keys(differences(fitted, found.state["config"])) & _KEYS_OF_THE_BATCH:
         _log.warning(
             "going on with %d rank(s) instead of %d, in %d step(s) an update: images an update, order and learning "
-            "rate stay; drop path, mixup, batch norms and the rounding of sums are no longer those of one whole run",
+            "rate stay; erasing, drop path, mixup, batch norms and rounding are no longer those of one whole run",
             here.size, saved["ranks"], images // at_once,
         )  # fmt: skip
     return fitted

@@ -80,7 +80,7 @@ def score_weights(
                 len(classes),
             )
     start = time.perf_counter()
-    score = evaluate(network, eval_data.loader, world, precision, eval_data.images, eval_data.rounds)
+    score = evaluate(network, eval_data.loader, eval_data.finish, world, precision, eval_data.images, eval_data.rounds)
     seconds = time.perf_counter() - start
     return score, score.images / seconds
 

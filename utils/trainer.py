@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from data.build import EvalData, TrainData, build_eval_data, build_mixup, build_train_data
 from data.datasets import check_same_classes, count_classes
+from data.finish import Finish
 from models.build import build_model
 from models.groupmixformer import GroupMixFormer
 from utils import checkpoint
@@ -93,13 +94,12 @@ def build_training(
     config: CfgNode, here: World, precision: Precision, network: GroupMixFormer, steps_per_epoch: int
 ) -> Training:
     """Puts the network on its device and builds what trains it; every rank must call."""
-    layout = memory_format(config)
     on_gpus = here.device.type == "cuda"
     if on_gpus:
         choose_kernels(config.DETERMINISTIC)
     if on_gpus and here.size > 1 and config.TRAIN.SYNC_BN:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    network.to(here.device, memory_format=layout)
+    network.to(here.device, memory_format=memory_format(config))
     steps = Steps(steps_per_epoch, accumulation_steps(config), config.TRAIN.EPOCHS)
     optimizer = build_optimizer(config, network, here.size)
     ema = build_ema(config, network)
@@ -118,6 +118,7 @@ def build_training(
         scheduler=build_scheduler(config, optimizer, steps, here.size),
         scaler=precision.grad_scaler(),
         ema=ema,
+        finish=Finish(config, here.device, is_training=True),
         mixup=build_mixup(config, network.num_classes),
         precision=precision,
         world=here,
@@ -126,7 +127,6 @@ def build_training(
         clip_grad=config.TRAIN.CLIP_GRAD,
         most_left_out=config.TRAIN.MAX_LEFT_OUT,
         seed=config.SEED,
-        memory_format=layout,
         progress=Progress(),
     )
 
@@ -216,6 +216,13 @@ def evaluate_epoch(training: Training, data: EvalData, keeper: Keeper) -> dict[s
     for name, network in networks.items():
         broadcast_buffers(network)
         scores[name] = evaluate(
-            network, data.loader, training.world, training.precision, data.images, data.rounds, keeper.asked_to_stop
+            network,
+            data.loader,
+            data.finish,
+            training.world,
+            training.precision,
+            data.images,
+            data.rounds,
+            keeper.asked_to_stop,
         )
     return scores

@@ -1,1 +1,1 @@
-"""The parts of tools/benchmark.py."""
+"""What tools/benchmark.py measures, and how."""

@@ -1,0 +1,39 @@
+"""What is done to a whole batch once it is on the device: normalisation, and in training random erasing.
+
+Batches come as 8-bit pixels, a quarter of the bytes to copy between processes and to the device.
+"""
+
+import torch
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from yacs.config import CfgNode
+
+from utils.optim import memory_format
+
+
+class Finish:
+    """8-bit images [B, C, H, W] -> the network's input, in the layout that the configuration asks for.
+
+    Erasing draws from the generators as they stand, so whoever calls in training seeds them for the step.
+
+    Args:
+        config: The configuration.
+        device: Where the images are.
+        is_training: Whether to erase.
+    """
+
+    def __init__(self, config: CfgNode, device: torch.device, is_training: bool) -> None:
+        aug, self._layout = config.AUG, memory_format(config)
+        # Tensors on the device, as CUDA divides by a number of Python's by multiplying with its rounded inverse.
+        self._white = torch.tensor(255.0, device=device)
+        self._mean = torch.tensor(config.DATA.MEAN, device=device).view(-1, 1, 1)
+        self._std = torch.tensor(config.DATA.STD, device=device).view(-1, 1, 1)
+        self._erase = RandomErasing(
+            aug.REPROB if is_training else 0.0, mode=aug.REMODE, max_count=aug.RECOUNT, device=device
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalises as torchvision's ToTensor and Normalize do, to the same bits, and erases."""
+        images = images.to(torch.float32, memory_format=self._layout)
+        images = images.div_(self._white).sub_(self._mean).div_(self._std)
+        return self._erase(images) if self._erase.probability else images
