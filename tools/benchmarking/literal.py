@@ -1,6 +1,6 @@
 """GroupMixFormer in its literal form: the published order of operations, as a slow twin to measure against.
 
-Between modules tokens are [B, N, C]; before each convolution they are copied to images [B, C, H, W] and after it back.
+Between modules tokens are [B, N, C]; convolutions see them as images [B, C, H, W].
 The twin has the weights of the network that it is made of, under the same names, and computes the same.
 """
 
@@ -43,7 +43,7 @@ class LiteralGroupMixFormer(nn.Module):
 
 
 def _to_images(x: Tensor, height: int, width: int) -> Tensor:
-    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width).contiguous()
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)
 
 
 def _to_tokens(x: Tensor) -> Tensor:
@@ -67,7 +67,8 @@ def _block(block: GroupMixBlock, x: Tensor, height: int, width: int) -> Tensor:
 
 def _attention(attn: GroupMixAttention, x: Tensor, height: int, width: int) -> Tensor:
     batch, tokens, dim = x.shape
-    qkv = attn.qkv(x).reshape(batch, tokens, 3, dim).permute(2, 0, 1, 3).reshape(3 * batch, tokens, dim)
+    qkv = F.linear(x, attn.qkv.weight, attn.qkv.bias)
+    qkv = qkv.reshape(batch, tokens, 3, dim).permute(2, 0, 1, 3).reshape(3 * batch, tokens, dim)
     attended, local = _aggregate(attn.aggregator, qkv, height, width)
     # [3, B, heads, N, C'/heads]
     q, k, v = attended.reshape(3, batch, attn.num_heads, -1, tokens).transpose(-2, -1).unbind(0)
@@ -82,7 +83,8 @@ def _aggregate(aggregator: GroupAggregator, qkv: Tensor, height: int, width: int
     images = _to_images(qkv, height, width)
     segments = images.chunk(_SEGMENTS, dim=1)
     attended = [aggregator.act(aggregator.norm(segments[0]))]
-    attended += [proxy(segment) for proxy, segment in zip(aggregator.proxies, segments[1:], strict=False)]
+    for proxy, segment in zip(aggregator.proxies, segments[1:4], strict=True):
+        attended.append(SeparableConv.forward(proxy, segment))
     side_by_side = torch.cat(segments[-1].chunk(3, dim=0), dim=1)  # of queries, keys and values: [B, 3C/5, H, W]
     return torch.cat(attended, dim=1), _local(aggregator.local, side_by_side)
 
