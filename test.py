@@ -22,6 +22,7 @@ def main() -> None:
     parser = make_parser("Score a checkpoint on the validation data.")
     parser.add_argument("--ema", action="store_true", help="score the checkpoint's moving average")
     parser.add_argument("--random-weights", action="store_true", help="score a network that knows nothing")
+    parser.add_argument("--fuse", action="store_true", help="rewrite the network for inference first (models/fuse.py)")
     parser.add_argument("--json", metavar="FILE", help="write the score there too")
     arguments = parser.parse_args()
     config = config_from(arguments)
@@ -34,6 +35,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode, report: Pat
     """Scores, and prints and writes the result on rank 0; or measures the throughput."""
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from models.build import build_model
+    from models.fuse import fuse
     from utils.dist import world
     from utils.logger import setup_logging
     from utils.optim import choose_scoring_precision
@@ -45,9 +47,12 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode, report: Pat
         precision = choose_scoring_precision(config, here.device, _log.info)
         if config.THROUGHPUT_MODE:
             network = build_model(config, config.MODEL.GMA.NUM_CLASSES)
+            network = fuse(network) if arguments.fuse else network
             _log.info(throughput_line(network, config, here.device, precision))
             return
-        result, images_per_s = score_weights(config, here, precision, arguments.ema, arguments.random_weights)
+        result, images_per_s = score_weights(
+            config, here, precision, arguments.ema, arguments.random_weights, arguments.fuse
+        )
         if not here.is_main:
             return
         print(f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}")
@@ -69,6 +74,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode, report: Pat
                 "precision": precision.name,
                 "weights": config.MODEL.RESUME or config.MODEL.PRETRAINED or "random",
                 "ema": arguments.ema,
+                "fused": arguments.fuse,
             }
             report.write_text(json.dumps(values, indent=2) + "\n")
 

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm.models._manipulate import adapt_input_conv
-from torch import Tensor
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
 from utils.errors import UserError, listing
 
 _RGB = 3  # the only number of input channels that timm adapts from
+_MOST_CODES = 32  # of one part: in training and recomputed, for each stage and size of batch
 _INPUT_CONV, _HEAD = "stem.conv1.weight", ("head.fc.weight", "head.fc.bias")
 
 
@@ -36,7 +37,7 @@ def build_model(config: CfgNode, num_classes: int) -> GroupMixFormer:
         )
     except ValueError as error:
         raise UserError(f"MODEL.GMA: {error}") from None
-    model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+    model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT, config.TRAIN.RECOMPUTE)
     return model
 
 
@@ -99,3 +100,16 @@ def load_pretrained(model: GroupMixFormer, state_dict: Mapping[str, Tensor], sou
         )
     load_weights(model, weights, source)
     return sentences
+
+
+def compile_blocks(model: GroupMixFormer) -> None:
+    """Has torch.compile take the network block by block, in place, when each is first run.
+
+    Blocks of a stage are alike and share what is compiled, so that a network of any depth takes the time of four
+    blocks. Their drop paths are not alike: where there are any, what lies between them is compiled.
+    """
+    for stage in model.stages:
+        for block in stage.blocks:
+            alike = isinstance(block.drop_path1, nn.Identity)
+            for part in [block] if alike else [block.cpe, block.attn, block.mlp]:
+                part.compile(dynamic=False, recompile_limit=_MOST_CODES)

@@ -9,6 +9,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_weights
@@ -86,6 +87,8 @@ def _fuse_children(module: nn.Module) -> None:
             _fold_norm(child, "conv2", "norm2")
         elif isinstance(child, SeparableConv) and isinstance(child.norm, _BatchNorm):
             _fold_norm(child, "conv_pw", "norm")
+        elif isinstance(child, DropPath):
+            setattr(module, name, nn.Identity())
         elif isinstance(child, PositionalConv):
             setattr(module, name, TokenConv(_with_residual(child.conv)))
         elif isinstance(child, RelativePosition):

@@ -23,7 +23,7 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, calculate_dr
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from models.published import from_published, is_published
 
@@ -32,6 +32,11 @@ __all__ = ["GroupMixAttention", "GroupMixFormer"]
 NUM_SEGMENTS = 5  # one of tokens, three of group proxies, one local
 PROXY_KERNEL_SIZES = (3, 5, 7)
 POSITION_WINDOWS = ((3, 2), (5, 3), (7, 3))  # (window, number of heads that use it)
+# What activation checkpointing keeps of a block, by what it recomputes.
+RECOMPUTE = {
+    "all": (),
+    "cheap": tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "convolution")),
+}
 
 
 def to_image(tokens: Tensor) -> Tensor:
@@ -166,11 +171,11 @@ class RelativePosition(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         """[B, H, W, C'] -> [B, H, W, C'], for values whose channels are ordered by head."""
-        groups = v.permute(0, 3, 1, 2).split(self.widths, dim=1)
+        groups = to_image(v).split(self.widths, dim=1)
         windows = []
         for i, conv in enumerate(self.convs):
             windows.append(conv(groups[i]))
-        return torch.cat(windows, dim=1).permute(0, 2, 3, 1)
+        return to_tokens(torch.cat(windows, dim=1))
 
 
 @torch.fx.wrap
@@ -244,7 +249,7 @@ class PositionalConv(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + to_tokens(self.conv(to_image(x)))
 
 
 class GroupMixBlock(nn.Module):
@@ -271,8 +276,15 @@ class GroupMixBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.recompute = ""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self.recompute:
+            return checkpoint_block(self, x)
+        return self.mix(x)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """The block itself, with nothing recomputed."""
         x = self.cpe(x)
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
@@ -293,17 +305,12 @@ class GroupMixStage(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.grad_checkpointing = False
         self.patch_embed = SeparableConv(in_chans, dim, stride=stride, **dd)
         self.blocks = nn.Sequential(*(GroupMixBlock(dim, drop_path=rate, **block_kwargs, **dd) for rate in drop_path))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patch_embed(x).permute(0, 2, 3, 1).contiguous()  # a copy in the first stage only, if at all
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_blocks(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x.permute(0, 3, 1, 2)
+        x = to_tokens(self.patch_embed(x)).contiguous()  # a copy in the first stage only, if at all
+        return to_image(self.blocks(x))
 
 
 class Stem(nn.Module):
@@ -425,10 +432,21 @@ class GroupMixFormer(nn.Module):
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the blocks' activations in the backward pass instead of keeping them."""
+    def set_grad_checkpointing(self, enable: bool = True, recompute: str = "all") -> None:
+        """Recomputes activations in the backward pass instead of keeping them.
+
+        Args:
+            enable: Whether to.
+            recompute: 'all' for whole blocks, 'cheap' for all but matrix products and convolutions, which are kept.
+
+        Raises:
+            ValueError: If `recompute` is another.
+        """
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute is {recompute!r}: choose one of {', '.join(RECOMPUTE)}")
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            for block in stage.blocks:
+                block.recompute = recompute if enable else ""
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -583,22 +601,31 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 
 @torch.jit.ignore
-def checkpoint_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
-    """Runs blocks with activation checkpointing.
+def checkpoint_block(block: GroupMixBlock, x: Tensor) -> Tensor:
+    """Runs a block with activation checkpointing.
 
     The recomputation in the backward pass is a second forward pass, which must not count twice in the running
     statistics of the batch norms. A compiled graph keeps such side effects out of the recomputation by itself.
     """
-    for block in blocks:
-        if torch.compiler.is_compiling():
-            x = checkpoint(block, x, use_reentrant=False)
-        else:
-            x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_checkpoint_contexts, block))
-    return x
+    kept = RECOMPUTE[block.recompute]
+    if torch.compiler.is_compiling():
+        contexts = {"context_fn": partial(create_selective_checkpoint_contexts, list(kept))} if kept else {}
+    else:
+        contexts = {"context_fn": partial(_checkpoint_contexts, block, kept)}
+    return checkpoint(block.mix, x, use_reentrant=False, **contexts)
 
 
-def _checkpoint_contexts(block: nn.Module) -> tuple[Any, Any]:
-    return contextlib.nullcontext(), frozen_statistics(block)
+def _checkpoint_contexts(block: GroupMixBlock, kept: tuple[Any, ...]) -> tuple[Any, Any]:
+    contexts = create_selective_checkpoint_contexts(list(kept)) if kept else (contextlib.nullcontext(),) * 2
+    return contexts[0], _together(frozen_statistics(block), contexts[1])
+
+
+@contextlib.contextmanager
+def _together(*contexts: Any) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from fvcore.nn import FlopCountAnalysis
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import GroupMixAttention, GroupMixFormer
+from models.groupmixformer import RECOMPUTE, attention_context
 from models.published import from_published, to_published
 from tests import reference
 from tests.fixtures.fill import fill, images
@@ -342,10 +345,22 @@ class TestRegularisation:
         assert set(rates.values()) == {0.2}
 
 
-def training_step(checkpointing: bool, compiled: bool = False, **settings):
+class Operators(TorchDispatchMode):
+    """Counts the operators that run inside it, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def training_step(recompute: str, compiled: bool = False, **settings):
     """Output, gradients and statistics of one training step."""
     model = small_model(**settings).double().train()
-    model.set_grad_checkpointing(checkpointing)
+    model.set_grad_checkpointing(bool(recompute), recompute or "all")
     torch.compiler.reset()
     step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     torch.manual_seed(1)
@@ -354,7 +369,26 @@ def training_step(checkpointing: bool, compiled: bool = False, **settings):
     return out, {name: parameter.grad for name, parameter in model.named_parameters()}, dict(model.named_buffers())
 
 
+class TestAttentionContext:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_many_tokens_lose_no_weight_in_half_precision(self, dtype):
+        torch.manual_seed(0)
+        k = torch.randn(1, 66_800, 2, 4, dtype=torch.float64).mul(4).to(dtype)  # 800 x 1333 pixels, most weights tiny
+        v = torch.randn(1, 66_800, 2, 4, dtype=torch.float64).add(1).to(dtype)
+        weights = k.double().exp() / k.double().exp().sum(1, keepdim=True)
+        exact = torch.einsum("bnhk,bnhv->bhkv", weights, v.double())
+        with torch.autocast("cpu", dtype):
+            context = attention_context(k, v)
+        assert context.dtype == dtype
+        assert relative_error(context, exact) < 2 * torch.finfo(dtype).eps
+
+    def test_sums_of_large_values_stay_finite_in_fp16(self):
+        context = attention_context(torch.zeros(1, 4096, 1, 2).half(), torch.full((1, 4096, 1, 2), 60_000.0).half())
+        assert torch.equal(context, torch.full((1, 1, 2, 2), 60_000.0).half())
+
+
 class TestActivationCheckpointing:
+    @pytest.mark.parametrize("recompute", RECOMPUTE)
     @pytest.mark.parametrize(
         ("compiled", "settings"),
         [
@@ -363,9 +397,9 @@ class TestActivationCheckpointing:
         ],
         ids=["eager", "compiled"],
     )
-    def test_output_gradients_and_statistics_are_those_without(self, compiled, settings):
-        out, gradients, buffers = training_step(False, **settings)
-        out2, gradients2, buffers2 = training_step(True, compiled, **settings)
+    def test_output_gradients_and_statistics_are_those_without(self, compiled, settings, recompute):
+        out, gradients, buffers = training_step("", **settings)
+        out2, gradients2, buffers2 = training_step(recompute, compiled, **settings)
         torch.testing.assert_close(out2, out, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(gradients2, gradients, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(buffers2, buffers, rtol=1e-12, atol=1e-12)
@@ -382,6 +416,23 @@ class TestActivationCheckpointing:
         out.sum().backward()
         assert len(calls) == 8
 
+    def test_products_and_convolutions_are_not_computed_again_where_only_what_is_cheap_is(self):
+        model, x = small_model().train(), images(2, 32, 32)
+        counts = {}
+        for recompute in ("", *RECOMPUTE):
+            model.set_grad_checkpointing(bool(recompute), recompute or "all")
+            with Operators() as operators:
+                model(x).sum().backward()
+            counts[recompute] = operators.counts
+        for name in ("addmm", "convolution"):
+            assert counts["cheap"][name] == counts[""][name] < counts["all"][name]
+        for name in ("native_layer_norm", "gelu"):
+            assert counts[""][name] < counts["cheap"][name] == counts["all"][name]
+
+    def test_what_cannot_be_recomputed_is_refused(self):
+        with pytest.raises(ValueError, match="recompute is 'dear': choose one of all, cheap"):
+            small_model().set_grad_checkpointing(True, "dear")
+
     def test_statistics_still_move_in_the_next_step(self):
         model = small_model().train()
         model.set_grad_checkpointing()
@@ -394,7 +445,7 @@ class TestActivationCheckpointing:
         model = small_model()
         model.set_grad_checkpointing()
         model.set_grad_checkpointing(False)
-        assert not any(stage.grad_checkpointing for stage in model.stages)
+        assert not any(block.recompute for stage in model.stages for block in stage.blocks)
 
     def test_evaluation_is_unchanged(self):
         model, x = small_model().eval(), images(1, 48, 48)

@@ -1,14 +1,16 @@
 """Configuration -> network, and weights loaded strictly."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from timm.models._manipulate import adapt_input_conv
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
 from models import GroupMixFormer
-from models.build import build_model, load_pretrained, load_weights
+from models.build import build_model, compile_blocks, load_pretrained, load_weights
 from models.published import from_published, to_published
 from tests.fixtures.fill import fill, images
 from utils.config import default_config
@@ -63,11 +65,14 @@ class TestBuildModel:
         assert sum(parameter.numel() for parameter in model.parameters()) == 22_421_320
         assert model.stages[-1].blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
 
-    @pytest.mark.parametrize("use", [True, False])
-    def test_activation_checkpointing_is_a_key(self, use):
+    @pytest.mark.parametrize(
+        ("use", "recompute", "done"), [(True, "all", "all"), (True, "cheap", "cheap"), (False, "cheap", "")]
+    )
+    def test_activation_checkpointing_is_a_key(self, use, recompute, done):
         config = small_config()
-        config.TRAIN.USE_CHECKPOINT = use
-        assert all(stage.grad_checkpointing is use for stage in build_model(config, 5).stages)
+        config.TRAIN.USE_CHECKPOINT, config.TRAIN.RECOMPUTE = use, recompute
+        blocks = [block for stage in build_model(config, 5).stages for block in stage.blocks]
+        assert {block.recompute for block in blocks} == {done}
 
     @pytest.mark.parametrize(
         ("gma", "words"),
@@ -220,3 +225,54 @@ class TestLoadPretrained:
         with torch.inference_mode():
             loss = nn.functional.cross_entropy(model(images(4, 32, 32)), torch.tensor([0, 3, 5, 8]))
         assert loss.item() == pytest.approx(math.log(9), abs=0.3)
+
+
+class TestCompiledBlocks:
+    @pytest.fixture
+    def compiled(self, monkeypatch):
+        """What was compiled, by tracing alone: without the minutes that generating code takes."""
+        torch.compiler.reset()
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return aot_eager(graph, inputs)
+
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        return graphs
+
+    @staticmethod
+    def model(**settings):
+        torch.manual_seed(0)
+        shape = {"embed_dims": (40,) * 4, "depths": (2, 1, 3, 1), "mlp_ratios": (1,) * 4, "num_classes": 3}
+        return GroupMixFormer(**shape, **settings).double().train()
+
+    def step(self, model):
+        torch.manual_seed(1)
+        out = model(torch.randn(2, 3, 64, 64).double())
+        out.square().sum().backward()
+        return out, [parameter.grad for parameter in model.parameters()], list(model.buffers())
+
+    def test_blocks_of_a_stage_share_what_is_compiled(self, compiled):
+        model = self.model()
+        compile_blocks(model)
+        self.step(model)
+        assert len(compiled) == 4
+
+    def test_drop_paths_of_many_rates_are_compiled_no_more_often(self, compiled):
+        model = self.model(drop_path_rate=0.3)
+        compile_blocks(model)
+        self.step(model)
+        assert len(compiled) == 1 + 3 * 4  # the first block's rate is 0; of the others three parts in each stage
+
+    @pytest.mark.parametrize("recompute", ["", "all", "cheap"])
+    def test_they_train_as_the_others_do(self, compiled, recompute):
+        steps = []
+        for compile_it in (False, True):
+            model = self.model(drop_path_rate=0.3)
+            model.set_grad_checkpointing(bool(recompute), recompute or "all")
+            if compile_it:
+                compile_blocks(model)
+            steps.append(self.step(model))
+        assert compiled
+        torch.testing.assert_close(*steps, rtol=1e-9, atol=1e-11)

@@ -78,9 +78,10 @@ def default_config() -> CfgNode:
                 "MAX_LEFT_OUT": 20,  # so many updates in a row left out, for that or under the fp16 scaler, end the run
                 "ACCUMULATION_STEPS": 1,
                 "USE_CHECKPOINT": False,  # recompute activations in the backward pass
+                "RECOMPUTE": "all",  # of a block, under USE_CHECKPOINT; or cheap: keep products and convolutions
                 "EMA_DECAY": 0.0,  # 0: no moving average
                 "SYNC_BN": True,  # where several GPUs train
-                "COMPILE": False,
+                "COMPILE": False,  # by torch.compile, one block of each stage
                 "LR_SCHEDULER": {"NAME": "cosine", "DECAY_EPOCHS": 30, "DECAY_RATE": 0.1},
                 "OPTIMIZER": {"NAME": "adamw", "EPS": 1e-8, "BETAS": [0.9, 0.999], "MOMENTUM": 0.9},
             },
@@ -125,6 +126,7 @@ _CHOICES = {
     "DATA.LOADING": ("exact", "fast"),
     "DATA.ON_ERROR": ("stop", "skip"),
     "TRAIN.ON_NONFINITE": ("stop", "skip"),
+    "TRAIN.RECOMPUTE": ("all", "cheap"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "AUG.REMODE": ("pixel", "rand", "const"),

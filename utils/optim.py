@@ -1,10 +1,12 @@
 """Optimizer, learning rate schedule, moving average, loss and precision, from the configuration; timm's and torch's."""
 
+import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -75,9 +77,11 @@ def build_optimizer(config: CfgNode, model: nn.Module, ranks: int) -> torch.opti
         raise UserError(
             f"TRAIN.OPTIMIZER.NAME {name} needs second derivatives, which are not computed here: choose another"
         )
-    adaptive = {"eps": settings.EPS} if info.has_eps else {}
+    special: dict[str, Any] = {"eps": settings.EPS} if info.has_eps else {}
     if info.has_betas and info.num_betas == len(settings.BETAS):
-        adaptive["betas"] = tuple(settings.BETAS)
+        special["betas"] = tuple(settings.BETAS)
+    if callable(info.opt_class) and "fused" in inspect.signature(info.opt_class).parameters:
+        special["fused"] = True  # one kernel for all parameters, where torch has one
     try:
         return create_optimizer_v2(
             model,
@@ -86,7 +90,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, ranks: int) -> torch.opti
             weight_decay=config.TRAIN.WEIGHT_DECAY,
             momentum=settings.MOMENTUM,
             layer_decay=config.TRAIN.LAYER_DECAY if config.TRAIN.LAYER_DECAY < 1 else None,
-            **adaptive,
+            **special,
         )
     except (AssertionError, ImportError, TypeError) as error:
         raise UserError(f"TRAIN.OPTIMIZER.NAME {name} cannot be used here ({reason(error)}): choose another") from None

@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 from data.build import build_eval_data
 from models.build import build_model, load_weights
+from models.fuse import fuse
 from utils import checkpoint
 from utils.dist import World, together
 from utils.engine import evaluate
@@ -37,7 +38,12 @@ def weights_file(config: CfgNode) -> str:
 
 
 def score_weights(
-    config: CfgNode, world: World, precision: Precision, use_ema: bool = False, random_weights: bool = False
+    config: CfgNode,
+    world: World,
+    precision: Precision,
+    use_ema: bool = False,
+    random_weights: bool = False,
+    fused: bool = False,
 ) -> tuple[Score, float]:
     """Scores weights on the validation data, every image once.
 
@@ -47,6 +53,7 @@ def score_weights(
         precision: How to compute.
         use_ema: Whether to take the moving average out of the checkpoint.
         random_weights: Whether to score fresh weights instead of a checkpoint's.
+        fused: Whether to rewrite the network for inference first.
 
     Returns:
         The score, and images per second including loading.
@@ -72,6 +79,7 @@ def score_weights(
         network = build_model(config, num_classes or len(eval_data.classes or []))
         if source:
             load_weights(network, _choose(state, use_ema, source), source)
+        network = fuse(network) if fused else network
         network.to(world.device, memory_format=memory_format(config))
         if classes and eval_data.classes and eval_data.classes != classes:
             _log.info(

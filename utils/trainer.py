@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from data.build import EvalData, TrainData, build_eval_data, build_mixup, build_train_data
 from data.datasets import check_same_classes, count_classes
 from data.finish import Finish
-from models.build import build_model
+from models.build import build_model, compile_blocks
 from models.groupmixformer import GroupMixFormer
 from utils import checkpoint
 from utils.broken import BrokenImages
@@ -97,22 +97,26 @@ def build_training(
     on_gpus = here.device.type == "cuda"
     if on_gpus:
         choose_kernels(config.DETERMINISTIC)
-    if on_gpus and here.size > 1 and config.TRAIN.SYNC_BN:
+    synchronised = on_gpus and here.size > 1 and config.TRAIN.SYNC_BN
+    if synchronised:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(here.device, memory_format=memory_format(config))
     steps = Steps(steps_per_epoch, accumulation_steps(config), config.TRAIN.EPOCHS)
     optimizer = build_optimizer(config, network, here.size)
     ema = build_ema(config, network)
+    if config.TRAIN.COMPILE:
+        compile_blocks(network)
     model: nn.Module = network
     if here.size > 1:
         model = DistributedDataParallel(
             network,
             device_ids=[here.device.index] if on_gpus else None,
             gradient_as_bucket_view=True,
+            broadcast_buffers=not synchronised,
         )
     return Training(
         network=network,
-        model=torch.compile(model) if config.TRAIN.COMPILE else model,
+        model=model,
         criterion=build_loss(config),
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, steps, here.size),
@@ -215,14 +219,15 @@ def evaluate_epoch(training: Training, data: EvalData, keeper: Keeper) -> dict[s
     scores = {}
     for name, network in networks.items():
         broadcast_buffers(network)
-        scores[name] = evaluate(
-            network,
-            data.loader,
-            data.finish,
-            training.world,
-            training.precision,
-            data.images,
-            data.rounds,
-            keeper.asked_to_stop,
-        )
+        with torch.compiler.set_stance("force_eager"):  # as test.py scores; compiling for it would not pay
+            scores[name] = evaluate(
+                network,
+                data.loader,
+                data.finish,
+                training.world,
+                training.precision,
+                data.images,
+                data.rounds,
+                keeper.asked_to_stop,
+            )
     return scores
