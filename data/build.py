@@ -76,7 +76,7 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
     """Training data.
 
     Raises:
-        UserError: If the data is missing, or an epoch has no update.
+        UserError: If the data is missing, an epoch has no update, or a loader process no shard.
     """
     data, transform = config.DATA, train_transform(config)
     source = open_split(config, data.TRAIN_SPLIT, is_training=True)
@@ -86,6 +86,7 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
             raise UserError(
                 f"AUG.REPEATS {config.AUG.REPEATS} needs random access, which {data.DATASET} has not: set it to 1"
             )
+        _check_shards(source, config, world)
         source.set_loader_cfg(num_workers=_workers(config, world))
         stream = ImageStream(source, transform, world, config.SEED, data.BATCH_SIZE, replace)
         loader = DataLoader(stream, data.BATCH_SIZE, drop_last=True, **_loader_settings(config, world))
@@ -150,6 +151,24 @@ def available_cores() -> int:
 def _workers(config: CfgNode, world: World) -> int:
     """The configured number of loader processes, or as many as this rank has cores where that is less."""
     return min(config.DATA.NUM_WORKERS, max(available_cores() // world.local_size, 1))
+
+
+def _check_shards(source: IterableImageDataset, config: CfgNode, world: World) -> None:
+    """Refuses fewer WebDataset shards than loader processes, of which some would have no images and end epochs early.
+
+    Raises:
+        UserError: If there are too few.
+    """
+    if not config.DATA.DATASET.lower().startswith("wds/"):
+        return  # other streams are not dealt out by shards
+    shards, processes = len(source.reader.split_info.filenames), max(_workers(config, world), 1) * world.size
+    if shards < processes:
+        most = shards // world.size
+        lower = f"lower DATA.NUM_WORKERS to {most} or " if most else ""
+        raise UserError(
+            f"{config.DATA.DATA_PATH} has {shards} training shard(s) for {processes} loader processes on {world.size} "
+            f"rank(s), and each needs one: {lower}pack again with a smaller --shard-size"
+        )
 
 
 def _loader_settings(config: CfgNode, world: World) -> dict[str, Any]:

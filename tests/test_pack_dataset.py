@@ -305,7 +305,6 @@ def test_a_shard_holds_images_of_all_classes(pack, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_scores_every_image_of_the_folder_once_on_any_number_of_ranks(pack, root, workers):
-    pytest.importorskip("webdataset")
     packed = pack(root, "--form", "wds", "--shard-size", "9K")
     config = small_data_config(packed, DATA__DATASET="wds/", DATA__NUM_WORKERS=workers)
     wanted = small_data_config(root)
@@ -321,6 +320,23 @@ def test_the_stream_scores_every_image_of_the_folder_once_on_any_number_of_ranks
     assert scored(config, 1) == scored(config, 3) == scored(wanted, 1)
     data = build_train_data(config, ALONE)
     assert (data.classes, len(list(data.loader))) == (["ant", "bee", "cat"], data.steps_per_epoch)
+
+
+def test_fewer_training_shards_than_loader_processes_are_refused(pack, root, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
+    packed = pack(root, "--form", "wds", "--shard-size", "22K")
+    assert len(list(packed.glob("train-*"))) == 4
+
+    def build(workers, ranks):
+        config = small_data_config(packed, DATA__DATASET="wds/", DATA__NUM_WORKERS=workers, DATA__BATCH_SIZE=1)
+        return build_train_data(config, World(0, ranks, CPU))
+
+    for workers, ranks in ((4, 1), (2, 2), (1, 4), (0, 4)):
+        assert build(workers, ranks).steps_per_epoch
+    with pytest.raises(UserError, match=r"P has 4 .* 6 loader processes on 2 .*: lower DATA\.NUM_WORKERS to 2 or pack"):
+        build(3, 2)
+    with pytest.raises(UserError, match=r"5 loader processes on 5 rank\(s\), and each needs one: pack again"):
+        build(0, 5)
 
 
 # Nothing or all

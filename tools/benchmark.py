@@ -1,9 +1,11 @@
-"""Measure how fast networks run beside each other, and how near that is to what the machine can do.
+"""Measure how fast networks run beside each other, and how near that is to what the machine can do; or the loader.
 
 Usage:
     python tools/benchmark.py --vs swin_tiny_patch4_window7_224 convnext_tiny --batch-size 8
     python tools/benchmark.py --model groupmixformer_small --vs swin_tiny_patch4_window7_224 convnext_tiny \\
         --mode infer train --precision fp32 bf16 --compile --fused --batch-size 1 8 64 --json speed.json --png speed.png
+    python tools/benchmark.py --loader --data-path D
+    python tools/benchmark.py --loader --data-path D --workers 1 8 --gpu-speed 1500 --json loader.json
 
 A GroupMixFormer is measured beside its literal form too, which computes the same as published code does, step by step.
 All networks of a mode and batch size take turns with a large matrix product and a large copy, so that a machine that
@@ -11,6 +13,10 @@ drifts changes no ratio. Weights and images are random.
 
 --compile measures each network with torch.compile too: ours block by block, others whole; inference on a CPU whole and
 with inductor's freezing. The first step's time is as inductor's cache on disk allows.
+
+--loader measures the loading of training images instead, stage by stage on one core and whole with worker processes, as
+published code does it and as DATA.LOADING exact and fast do, and tells how many GPUs the machine's cores feed. It has
+flags of its own: --loader --help tells them.
 """
 
 import argparse
@@ -22,9 +28,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import PIL  # noqa: E402
 import torch  # noqa: E402
 
 from tools.benchmarking.chart import draw_chart  # noqa: E402
+from tools.benchmarking.loading import add_loader_arguments, loader_tables, run_loader  # noqa: E402
 from tools.benchmarking.machine import describe_machine  # noqa: E402
 from tools.benchmarking.measure import Result, Settings, measure  # noqa: E402
 from tools.benchmarking.networks import build_network  # noqa: E402
@@ -42,6 +50,32 @@ def parse() -> argparse.Namespace:
         UserError: If it is wrong.
     """
     parser = Parser(__doc__)
+    parser.add_argument("--loader", action="store_true", help="measure loading; --loader --help tells its flags")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="measurements of each (default 7)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the printed tables there too")
+    # Two command lines, so that a flag that means nothing beside --loader, or without it, is unknown.
+    if "--loader" in sys.argv:
+        add_loader_arguments(parser)
+    else:
+        add_network_arguments(parser)
+    arguments = parser.parse_args()
+    for name in ("batch_size", "img_size", "threads", "rounds", "images", "workers", "gpu_speed"):
+        given = getattr(arguments, name, None)
+        numbers = given if isinstance(given, list) else [] if given is None else [given]
+        if min(numbers, default=1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {min(numbers)}: give at least 1")
+    if not arguments.loader and not arguments.seconds > 0:
+        raise UserError(f"--seconds {arguments.seconds}: give more than 0")
+    for flag in ("json", "markdown", "png"):
+        path = getattr(arguments, flag, None)
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise UserError(f"--{flag} {path}: name a file in a folder that exists")
+    return arguments
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that `benchmark_networks` reads beside those of every benchmark."""
     parser.add_argument("--model", default="groupmixformer_small", metavar="M", help="ours, or any network of timm")
     parser.add_argument("--vs", nargs="+", default=[], metavar="M", help="networks to compare with")
     parser.add_argument("--mode", nargs="+", default=["infer"], choices=["infer", "train"], help="kinds of step")
@@ -54,28 +88,9 @@ def parse() -> argparse.Namespace:
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where (default: a GPU, if any)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="measurements of each (default 7)")
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="of each measurement (default 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the printed tables there too")
     parser.add_argument("--png", type=Path, metavar="FILE", help="write a bar chart there")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="write each one's top operators and a trace there")
-    arguments = parser.parse_args()
-    for flag, numbers in (
-        ("--batch-size", arguments.batch_size),
-        ("--img-size", [arguments.img_size]),
-        ("--threads", [] if arguments.threads is None else [arguments.threads]),
-        ("--rounds", [arguments.rounds]),
-    ):
-        if min(numbers, default=1) < 1:
-            raise UserError(f"{flag} {min(numbers)}: give at least 1")
-    if not arguments.seconds > 0:
-        raise UserError(f"--seconds {arguments.seconds}: give more than 0")
-    for flag in ("json", "markdown", "png"):
-        path = getattr(arguments, flag)
-        if path and (path.is_dir() or not path.parent.is_dir()):
-            raise UserError(f"--{flag} {path}: name a file in a folder that exists")
-    return arguments
 
 
 def choose_device(name: str, precisions: list[str]) -> torch.device:
@@ -95,7 +110,19 @@ def choose_device(name: str, precisions: list[str]) -> torch.device:
 
 def main() -> None:
     """Parses, measures, reports."""
-    benchmark_networks(parse())
+    arguments = parse()
+    if arguments.loader:
+        benchmark_loader(arguments)
+    else:
+        benchmark_networks(arguments)
+
+
+def benchmark_loader(arguments: argparse.Namespace) -> None:
+    """Measures the loading of images and reports."""
+    results = run_loader(arguments)
+    machine = describe_machine(torch.device("cpu")) | {"pillow": PIL.__version__}
+    tables = loader_tables(results, machine)
+    write(arguments, tables, {"machine": machine, "settings": settings_of(arguments), "results": results})
 
 
 def benchmark_networks(arguments: argparse.Namespace) -> None:
@@ -119,14 +146,23 @@ def benchmark_networks(arguments: argparse.Namespace) -> None:
 def report(arguments: argparse.Namespace, results: list[Result], machine: dict[str, Any]) -> None:
     """Prints the tables and writes the files that are asked for."""
     tables = markdown(results, arguments.vs[0] if arguments.vs else None, machine, arguments.img_size)
+    if arguments.png:
+        draw_chart(results, arguments.png, machine)
+    write(arguments, tables, as_json(results, machine, settings_of(arguments)))
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, as the report's JSON holds it: all but the names of files."""
+    return {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
+
+
+def write(arguments: argparse.Namespace, tables: str, numbers: dict[str, Any]) -> None:
+    """Prints the tables, and writes them and the numbers where that is asked for."""
     print(tables, end="")
     if arguments.markdown:
         arguments.markdown.write_text(tables)
-    if arguments.png:
-        draw_chart(results, arguments.png, machine)
     if arguments.json:
-        asked = {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
-        arguments.json.write_text(json.dumps(as_json(results, machine, asked), indent=2) + "\n")
+        arguments.json.write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":
