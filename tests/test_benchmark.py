@@ -1,8 +1,6 @@
 """tools/benchmark.py: the literal form, what is counted and timed, what is reported and refused."""
 
 import json
-import sys
-import types
 from dataclasses import replace
 
 import pytest
@@ -12,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import GroupMixFormer
+from models.fuse import FusedProxy
 from models.published import to_published
 from tests import reference
 from tests.fixtures.fill import fill, images
@@ -20,6 +19,7 @@ from tools.benchmarking.chart import draw_chart
 from tools.benchmarking.cost import count_work, peak_memory
 from tools.benchmarking.literal import literal
 from tools.benchmarking.measure import Result, Settings, measure
+from tools.benchmarking.networks import in_form
 from tools.benchmarking.report import as_json, markdown
 from tools.benchmarking.subjects import Step, Subject, plan
 
@@ -123,17 +123,13 @@ class TestStep:
         assert not torch.equal(weights["plain"]["head.fc.weight"], before)
         assert torch.allclose(weights["plain"]["head.fc.weight"], weights["literal"]["head.fc.weight"], atol=1e-5)
 
-    def test_the_fused_form_is_what_the_library_makes_of_a_copy(self, monkeypatch):
-        given, network = [], tiny()
-
-        def fuse(model):
-            given.append(model)
-            return nn.Sequential(model.eval())
-
-        monkeypatch.setitem(sys.modules, "models.fuse", types.SimpleNamespace(fuse=fuse))
-        step = Step(replace(OURS, form="fused"), network, 32, CPU)
-        step()
-        assert len(given) == 1 and given[0] is not network and step._network[0] is given[0]
+    def test_the_fused_form_answers_as_the_plain_one_and_leaves_it_alone(self):
+        network = tiny().eval()
+        fused = in_form(network, "fused")
+        assert any(isinstance(module, FusedProxy) for module in fused.modules())
+        assert not any(isinstance(module, FusedProxy) for module in network.modules())
+        x = images(1, 32, 32)
+        torch.testing.assert_close(fused(x), network(x))
 
 
 class TestCost:

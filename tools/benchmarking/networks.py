@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 import models  # noqa: F401  (registers ours with timm)
+from models.build import compile_blocks
+from models.fuse import fuse
 from models.groupmixformer import GroupMixFormer
 from tools.benchmarking.literal import literal
 from utils.errors import UserError, reason
@@ -45,14 +47,10 @@ def forms_of(network: nn.Module, fused: bool, mode: str) -> tuple[str, ...]:
 
 def in_form(network: nn.Module, form: str) -> nn.Module:
     """A copy of a network in one of its forms."""
-    network = copy.deepcopy(network)
-    if form == LITERAL:
-        return literal(network)
     if form == FUSED:
-        from models.fuse import fuse
-
         return fuse(network)
-    return network
+    network = copy.deepcopy(network)
+    return literal(network) if form == LITERAL else network
 
 
 def compile_network(network: nn.Module, whole: bool) -> nn.Module:
@@ -64,7 +62,5 @@ def compile_network(network: nn.Module, whole: bool) -> nn.Module:
     """
     if whole or not isinstance(network, GroupMixFormer):
         return torch.compile(network, dynamic=False)
-    for stage in network.stages:
-        for block in stage.blocks:
-            block.compile(dynamic=False)
+    compile_blocks(network)
     return network
