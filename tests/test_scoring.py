@@ -10,8 +10,9 @@ import pytest
 import torch
 from yacs.config import CfgNode
 
+from models.fuse import fuse
 from models.published import to_published
-from utils import checkpoint
+from utils import checkpoint, scoring
 
 COUNTS = ("images", "correct1", "correct5")
 
@@ -85,6 +86,17 @@ def test_moving_average_is_scored_where_asked_for(trained, weights, report):
     assert average["acc1"] == evaluation["ema_acc1"]
     assert average["loss"] == pytest.approx(evaluation["ema_loss"], rel=1e-5)
     assert average["loss"] != pytest.approx(evaluation["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_network_rewritten_for_inference_scores_the_same(weights, report, monkeypatch):
+    rewritten = []
+    monkeypatch.setattr(scoring, "fuse", lambda network: rewritten.append(fuse(network)) or rewritten[-1])
+    plain, fused = report("--resume", weights), report("--resume", weights, "--fuse")
+    assert len(rewritten) == 1
+    assert (plain.pop("fused"), fused.pop("fused")) == (False, True)
+    assert counts(plain) == counts(fused)
+    assert plain["loss"] == pytest.approx(fused["loss"], rel=1e-5)
 
 
 @pytest.mark.slow
