@@ -145,6 +145,7 @@ def test_the_loader_is_reported_as_networks_are(call, root, tmp_path):
     written = json.loads(files["json"].read_text())
     assert list(written) == ["machine", "settings", "results"]
     assert written["machine"]["cores"] > 0 and written["machine"]["pillow"]
+    assert str(ROOT) not in files["json"].read_text()
     assert written["settings"]["images"] == 2 and written["results"]["rounds"] == 2
 
 

@@ -32,7 +32,7 @@ def add_loader_arguments(parser: ArgumentParser) -> None:
     """Adds the arguments that `run_loader` reads beside `rounds`."""
     add = parser.add_argument
     add("--data-path", type=Path, required=True, metavar="D", help="folder of class folders, or of train/ with those")
-    add("--cfg", default=str(_RECIPE), metavar="FILE", help="whose augmentation (default: GroupMixFormer-S's)")
+    add("--cfg", type=Path, default=_RECIPE, metavar="FILE", help="whose augmentation (default: GroupMixFormer-S's)")
     add("--images", type=int, default=96, metavar="N", help="images of a round, for each worker (default 96)")
     add(
         "--workers",
