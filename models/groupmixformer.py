@@ -117,7 +117,7 @@ class GroupProxy(SeparableConv):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.conv_dw.weight.repeat(3, 1, 1, 1)
+        weight = torch.cat([self.conv_dw.weight] * 3)
         x = F.conv2d(to_image(x), weight, padding=self.conv_dw.padding, groups=3 * self.conv_dw.groups)
         return from_row(self.act(self.norm(self.conv_pw(to_row(to_tokens(x))))))
 

@@ -432,7 +432,9 @@ def test_as_much_space_as_the_files_take_is_asked_for_before_anything_is_written
     ids=["SIGTERM", "SIGHUP", "SIGINT", "full disk"],
 )
 @pytest.mark.parametrize("form", tools.packing.FORMS)
-def test_nothing_is_left_of_packing_that_is_ended(call, root, monkeypatch, form, end, code):
+def test_nothing_is_left_of_packing_that_is_ended(call, root, monkeypatch, request, form, end, code):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
     seen = []
 

@@ -318,13 +318,13 @@ def test_gradient_checkpointing_changes_nothing(plain, one_epoch):
 
 
 def test_gradient_checkpointing_computes_each_block_a_second_time(one_epoch, monkeypatch):
-    calls, forward = [], GroupMixBlock.forward
+    calls, mix = [], GroupMixBlock.mix
 
     def count(block, x):
         calls.append(block.training)
-        return forward(block, x)
+        return mix(block, x)
 
-    monkeypatch.setattr(GroupMixBlock, "forward", count)
+    monkeypatch.setattr(GroupMixBlock, "mix", count)
     one_epoch("--use-checkpoint", "--batch-size", 24)
     assert calls.count(True) == 2 * 4 * 2  # two steps through four blocks, forward and again in the backward pass
 

@@ -16,6 +16,8 @@ with warnings.catch_warnings():
 # What fvcore leaves out, and published figures with it: operations of each, by element of its output (or input).
 _SOFTMAX = 5  # maximum, difference, exponential, sum, quotient
 _ELEMENTWISE = ("hardswish", "gelu", "add", "mul")
+_FUSED = {"addcmul": 2}  # a sum and a product
+_MOVED = ("cat", "unflatten")  # nothing is computed
 _POOLING = ("mean", "adaptive_avg_pool2d")
 
 
@@ -56,7 +58,9 @@ def count(model: nn.Module, in_chans: int, height: int, width: int) -> Counts:
     flops = FlopCountAnalysis(model, image).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     extras = {"softmax": _elements(_SOFTMAX)}
     extras |= {name: _elements(1) for name in _ELEMENTWISE} | {name: _elements(1, of="inputs") for name in _POOLING}
+    extras |= {name: _elements(operations) for name, operations in _FUSED.items()}
     flops.set_op_handle(**{f"aten::{name}": handle for name, handle in extras.items()})
+    flops.set_op_handle(**dict.fromkeys((f"aten::{name}" for name in _MOVED), None))
     activations = ActivationCountAnalysis(model, image).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     activations_of = activations.by_module()
     modules = {}

@@ -97,8 +97,7 @@ def build_training(
     on_gpus = here.device.type == "cuda"
     if on_gpus:
         choose_kernels(config.DETERMINISTIC)
-    synchronised = on_gpus and here.size > 1 and config.TRAIN.SYNC_BN
-    if synchronised:
+    if on_gpus and here.size > 1 and config.TRAIN.SYNC_BN:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(here.device, memory_format=memory_format(config))
     steps = Steps(steps_per_epoch, accumulation_steps(config), config.TRAIN.EPOCHS)
@@ -112,7 +111,6 @@ def build_training(
             network,
             device_ids=[here.device.index] if on_gpus else None,
             gradient_as_bucket_view=True,
-            broadcast_buffers=not synchronised,
         )
     return Training(
         network=network,
