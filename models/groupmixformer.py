@@ -117,7 +117,7 @@ class GroupProxy(SeparableConv):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = torch.cat([self.conv_dw.weight] * 3)
+        weight = to_image(torch.cat([to_tokens(self.conv_dw.weight)] * 3))  # so that its gradient keeps its layout
         x = F.conv2d(to_image(x), weight, padding=self.conv_dw.padding, groups=3 * self.conv_dw.groups)
         return from_row(self.act(self.norm(self.conv_pw(to_row(to_tokens(x))))))
 
