@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 from yacs.config import CfgNode
@@ -106,8 +107,10 @@ def compile_blocks(model: GroupMixFormer) -> None:
     """Has torch.compile take the network block by block, in place, when each is first run.
 
     Blocks of a stage are alike and share what is compiled, so that a network of any depth takes the time of four
-    blocks. Their drop paths are not alike: where there are any, what lies between them is compiled.
+    blocks. Drop paths are not alike, as their rates differ: of blocks that have one, the three parts that it stands
+    between are compiled, and norms and residuals run as they are.
     """
+    torch._dynamo.config.optimize_ddp = False  # for networks compiled whole: it cuts graphs where DDP's buckets end
     for stage in model.stages:
         for block in stage.blocks:
             alike = isinstance(block.drop_path1, nn.Identity)

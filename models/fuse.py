@@ -6,6 +6,7 @@ is stored segment by segment. One norm is left, the last: it follows a residual,
 """
 
 import copy
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_weights
 
 from models.groupmixformer import (
     GroupMixAttention,
-    GroupMixFormer,
+    GroupMixBlock,
     GroupProxy,
     PositionalConv,
     RelativePosition,
@@ -29,24 +30,25 @@ from models.groupmixformer import (
 
 __all__ = ["fuse"]
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def fuse(model: GroupMixFormer) -> GroupMixFormer:
+
+def fuse(model: Module) -> Module:
     """A copy of a network for inference, with the network's answers in evaluation mode.
 
     The copy has the network's methods, `forward_features`, `forward_intermediates` and the rest, but parameters under
     names of its own, and it is not for training.
 
     Args:
-        model: The network, which is left as it is.
+        model: A GroupMixFormer, or any network that holds one or parts of one; it is left as it is.
 
     Returns:
         The copy, in evaluation mode, on the same device and of the same type.
     """
-    fused = copy.deepcopy(model).eval()
-    fused.set_grad_checkpointing(False)
+    holder = nn.Sequential(copy.deepcopy(model).eval())
     with torch.no_grad():
-        _fuse_children(fused)
-    return fused.requires_grad_(False)
+        _fuse_children(holder)
+    return holder.requires_grad_(False)[0]
 
 
 class TokenConv(nn.Module):
@@ -82,7 +84,7 @@ class FusedProxy(nn.Module):
 def _fuse_children(module: nn.Module) -> None:
     for name, child in module.named_children():
         _fuse_children(child)
-        if isinstance(child, Stem):
+        if isinstance(child, Stem) and isinstance(child.norm1, _BatchNorm):
             _fold_norm(child, "conv1", "norm1")
             _fold_norm(child, "conv2", "norm2")
         elif isinstance(child, SeparableConv) and isinstance(child.norm, _BatchNorm):
@@ -93,7 +95,9 @@ def _fuse_children(module: nn.Module) -> None:
             setattr(module, name, TokenConv(_with_residual(child.conv)))
         elif isinstance(child, RelativePosition):
             setattr(module, name, TokenConv(_one_window(child.convs)))
-        elif isinstance(child, GroupMixAttention):
+        elif isinstance(child, GroupMixBlock):
+            child.recompute = ""
+        elif isinstance(child, GroupMixAttention) and isinstance(child.qkv, SegmentProjection):
             child.qkv = _fused_projection(child.qkv, child.aggregator.norm)
             child.aggregator.norm = nn.Identity()
         if isinstance(child, GroupProxy):

@@ -184,7 +184,7 @@ def attention_context(k: Tensor, v: Tensor) -> Tensor:
 
     In fp16 it is computed in float32: of many tokens the weights, about 1/N, fall below fp16's normal numbers.
     """
-    if not torch.jit.is_scripting() and v.dtype == torch.float16:
+    if not torch.jit.is_scripting() and v.dtype == torch.float16 and v.device.type != "meta":
         with torch.autocast(v.device.type, enabled=False):
             return torch.einsum("bnhk,bnhv->bhkv", k.float().softmax(dim=1), v.float()).to(v.dtype)
     return torch.einsum("bnhk,bnhv->bhkv", k.softmax(dim=1), v)

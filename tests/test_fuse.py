@@ -71,6 +71,30 @@ class TestAnswers:
         assert fuse(model)(x).shape == (2, 9)
         assert relative_error(fuse(model)(x), model(x).detach()) < 1e-12
 
+    def test_they_are_the_same_of_a_part_a_holder_a_backbone_and_when_rewritten_twice(self):
+        model = trained_model().eval()
+        image, tokens = images(1, 64, 64).double(), images(1, 16, 40).double()[:, :1].transpose(1, 2)
+        tokens = tokens.reshape(1, 4, 4, 40).contiguous()
+        backbone = timm.create_model("groupmixformer_miny", features_only=True, depths=(1, 1, 1, 1)).double().eval()
+        for network, x in [
+            (model.stages[0].blocks[1].attn, tokens),
+            (model.stages[0].blocks[1], tokens),
+            (nn.Sequential(model, nn.Softmax(1)), image),
+            (backbone, image),
+            (fuse(model), image),
+        ]:
+            torch.testing.assert_close(fuse(network)(x), network(x), rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_they_are_as_near_in_half_precision(self, dtype):
+        model = trained_model().eval()
+        x = images(4, 64, 64).double()
+        with torch.no_grad():
+            exact = model(x)
+            with torch.autocast("cpu", dtype):
+                errors = [relative_error(network.float()(x.float()), exact) for network in (fuse(model), model)]
+        assert errors[0] < 2 * errors[1] + torch.finfo(dtype).eps
+
     def test_compiled_they_are_the_same(self):
         model = fuse(trained_model())
         x = images(2, 64, 64).double()

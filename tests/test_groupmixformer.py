@@ -382,6 +382,10 @@ class TestAttentionContext:
         assert context.dtype == dtype
         assert relative_error(context, exact) < 2 * torch.finfo(dtype).eps
 
+    def test_shapes_of_half_networks_can_be_told_without_computing(self):
+        model = small_model().half().to("meta")
+        assert model(torch.empty(2, 3, 64, 64, dtype=torch.float16, device="meta")).shape == (2, 7)
+
     def test_sums_of_large_values_stay_finite_in_fp16(self):
         context = attention_context(torch.zeros(1, 4096, 1, 2).half(), torch.full((1, 4096, 1, 2), 60_000.0).half())
         assert torch.equal(context, torch.full((1, 1, 2, 2), 60_000.0).half())

@@ -8,6 +8,7 @@ import torch
 from timm.models._manipulate import adapt_input_conv
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch.nn.parallel import DistributedDataParallel
 
 from models import GroupMixFormer
 from models.build import build_model, compile_blocks, load_pretrained, load_weights
@@ -265,14 +266,22 @@ class TestCompiledBlocks:
         self.step(model)
         assert len(compiled) == 1 + 3 * 4  # the first block's rate is 0; of the others three parts in each stage
 
+    @pytest.fixture
+    def ranks(self):
+        """A process group of this process alone."""
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
+
+    @pytest.mark.parametrize("distributed", [False, True], ids=["alone", "in DDP"])
     @pytest.mark.parametrize("recompute", ["", "all", "cheap"])
-    def test_they_train_as_the_others_do(self, compiled, recompute):
+    def test_they_train_as_the_others_do(self, compiled, recompute, distributed, ranks):
         steps = []
         for compile_it in (False, True):
             model = self.model(drop_path_rate=0.3)
             model.set_grad_checkpointing(bool(recompute), recompute or "all")
             if compile_it:
                 compile_blocks(model)
-            steps.append(self.step(model))
+            steps.append(self.step(DistributedDataParallel(model) if distributed else model))
         assert compiled
         torch.testing.assert_close(*steps, rtol=1e-9, atol=1e-11)

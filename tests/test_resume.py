@@ -251,6 +251,27 @@ def test_where_things_lie_and_what_to_do_when_they_fail_may_change(tmp_path, cap
     assert not caplog.records
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_moments_have_the_layout_of_their_parameters_whatever_the_checkpoints_was(tmp_path, layout):
+    saved, config = checkpoint.load(save(tmp_path)), config_with()
+    training = training_of(small_network().to(memory_format=layout), 6, config)
+    restore(saved, training, config)
+    moments = training.optimizer.state_dict()["state"]
+    for number, parameter in enumerate(p for group in training.optimizer.param_groups for p in group["params"]):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert moments[number][name].stride() == parameter.stride()
+            assert torch.equal(moments[number][name], saved["optimizer"]["state"][number][name])
+
+
+def test_kernels_of_the_optimizer_are_those_of_the_run_that_goes_on(tmp_path):
+    saved, config = checkpoint.load(save(tmp_path)), config_with()
+    for group in saved["optimizer"]["param_groups"]:
+        group["fused"] = None  # as before there were fused ones
+    training = training_of(small_network(), 6, config)
+    restore(saved, training, config)
+    assert {group["fused"] for group in training.optimizer.param_groups} == {True}
+
+
 def test_settings_of_the_optimizer_are_those_of_the_run_that_goes_on(tmp_path):
     path = save(tmp_path)
     config = config_with(TRAIN__WEIGHT_DECAY=0.25, TRAIN__ALLOW_CHANGES=True)

@@ -12,7 +12,8 @@ All networks of a mode and batch size take turns with a large matrix product and
 drifts changes no ratio. Weights and images are random.
 
 --compile measures each network with torch.compile too: ours block by block, others whole; inference on a CPU whole and
-with inductor's freezing. The first step's time is as inductor's cache on disk allows.
+with inductor's freezing. Networks have no drop path here, with which less of a block is compiled. The first step's time
+is as inductor's cache on disk allows.
 
 --loader measures the loading of training images instead, stage by stage on one core and whole with worker processes, as
 published code does it and as DATA.LOADING exact and fast do, and tells how many GPUs the machine's cores feed. It has
@@ -67,6 +68,8 @@ def parse() -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {min(numbers)}: give at least 1")
     if not arguments.loader and not arguments.seconds > 0:
         raise UserError(f"--seconds {arguments.seconds}: give more than 0")
+    if arguments.profile and arguments.profile.exists() and not arguments.profile.is_dir():
+        raise UserError(f"--profile {arguments.profile}: is a file; name a folder")
     for flag in ("json", "markdown", "png"):
         path = getattr(arguments, flag, None)
         if path and (path.is_dir() or not path.parent.is_dir()):

@@ -81,7 +81,7 @@ def default_config() -> CfgNode:
                 "RECOMPUTE": "all",  # of a block, under USE_CHECKPOINT; or cheap: keep products and convolutions
                 "EMA_DECAY": 0.0,  # 0: no moving average
                 "SYNC_BN": True,  # where several GPUs train
-                "COMPILE": False,  # by torch.compile, one block of each stage
+                "COMPILE": False,  # by torch.compile, once for the blocks of each stage
                 "LR_SCHEDULER": {"NAME": "cosine", "DECAY_EPOCHS": 30, "DECAY_RATE": 0.1},
                 "OPTIMIZER": {"NAME": "adamw", "EPS": 1e-8, "BETAS": [0.9, 0.999], "MOMENTUM": 0.9},
             },

@@ -211,16 +211,27 @@ def restore(state: dict[str, Any], training: Training, config: CfgNode) -> None:
         {key: group[key] for key in group if key not in ("params", "lr")} for group in training.optimizer.param_groups
     ]
     try:
-        training.optimizer.load_state_dict(state["optimizer"])
+        groups = [
+            {**group, **configured}
+            for group, configured in zip(state["optimizer"]["param_groups"], settings, strict=True)
+        ]
+        training.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
     except ValueError as error:
         raise UserError(f"the checkpoint's optimizer does not fit ({error}): use its run's configuration") from None
-    for group, configured in zip(training.optimizer.param_groups, settings, strict=True):
-        group.update(configured)
+    _lay_out_as_parameters(training.optimizer)
     if training.scaler.is_enabled() and state["scaler"]:
         training.scaler.load_state_dict(state["scaler"])
     if training.ema:
         load_weights(training.ema.module, state["ema"] or state["model"], "the checkpoint's moving average")
     training.progress.load_state_dict(state["progress"])
+
+
+def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Gives the optimizer's moments their parameters' layout, which fused kernels take for granted."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def state_of(

@@ -11,6 +11,7 @@ from torch import nn
 
 from tools.benchmarking.ceiling import COPY, ceilings
 from tools.benchmarking.cost import count_work, peak_memory
+from tools.benchmarking.networks import as_counted
 from tools.benchmarking.profiling import write_profile
 from tools.benchmarking.subjects import Step, Subject
 from tools.benchmarking.timing import first_result, interleave, out_of_memory
@@ -114,7 +115,7 @@ def measure(
     Returns:
         The result of each subject, in their order.
     """
-    work = {name: count_work(network, settings.img_size) for name, network in networks.items()}
+    work = {name: count_work(as_counted(network), settings.img_size) for name, network in networks.items()}
     results = {
         subject: Result(subject, *work[subject.network].of_step(subject.mode, subject.precision, subject.batch_size))
         for subject in subjects

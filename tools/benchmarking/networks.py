@@ -45,6 +45,11 @@ def forms_of(network: nn.Module, fused: bool, mode: str) -> tuple[str, ...]:
     return (LITERAL, PLAIN, FUSED) if fused and mode == "infer" else (LITERAL, PLAIN)
 
 
+def as_counted(network: nn.Module) -> nn.Module:
+    """The form whose work is the least: of ours the literal one, which reads tokens once for the whole projection."""
+    return in_form(network, LITERAL) if isinstance(network, GroupMixFormer) else network
+
+
 def in_form(network: nn.Module, form: str) -> nn.Module:
     """A copy of a network in one of its forms."""
     if form == FUSED:

@@ -37,10 +37,10 @@ def markdown(results: Sequence[Result], peer: str | None, machine: dict[str, Any
 _LEGEND = """\
 images/s and ms: median of rounds in which all networks of a mode and batch size take turns; ±: half the distance of
 their quartiles. Peak MiB: tensors of a step above weights and optimizer state; of literal: over the literal form's.
-GFLOP/s: convolutions and matrix products of the plain network, two for a multiply-add. Of ceiling: the larger of
-GFLOP/s over a large matrix product's (arithmetic), and of the least bytes over a large copy's. x literal: speed over
-the literal form, eager, in the same precision. x of a peer: speed over it, compiled if the row is. First step: until it
-is done, compilation included."""
+GFLOP/s: convolutions and matrix products, two for a multiply-add. Of ceiling: the larger of GFLOP/s over a large matrix
+product's (arithmetic), and of the bytes that each of these operators by itself reads and writes over a large copy's.
+x literal: speed over the literal form, eager, in the same precision. x of a peer: speed over it, compiled if the row
+is. First step: until it is done, compilation included."""
 
 
 def _table_of(result: Result) -> tuple[str, str, int]:
