@@ -31,6 +31,7 @@ NAMES = [
     *("n2/1.png", "n10/1.png", "n10/10.png", "n10/9.png", "N1/1.JPEG", "n 3/with space.jpg", "é/日本 ½².Png"),
     *("a/x/1.png", "a/x-y/1.png", "a/x/z/1.png", "a/1.webp", "a/B.bmp", "a/.hidden.png", "a-b/1.TIF", "a.b/1.png"),
     *("a/x/n2/1.png", f"{LONG}/{LONG}/{LONG}.png", "a/\udcff.png", "a/new\nline.png", "a/.index.json.png"),
+    f"ö/{'日' * 60}.png",  # the last one, with a character that a header's name field cuts in two
 ]
 
 
@@ -213,7 +214,48 @@ def test_a_tar_file_of_links_is_refused(root, tmp_path):
         TarSource(tmp_path, "train")
 
 
+def test_files_of_one_class_each_are_a_split_whatever_folders_it_has(root, tmp_path):
+    for number, name in enumerate(("ant", "bee", "cat")):
+        with tarfile.open(tmp_path / f"train-{number:05d}-of-00003.tar", "w") as file:
+            file.add(root / "train" / name, f"{name}/images")
+    assert [content for content, *_ in samples_of_tar(tmp_path)] == [
+        content for content, *_ in samples_of_folder(root / "train")
+    ]
+
+
+def test_files_that_are_numbered_otherwise_are_not_a_splits(root, tmp_path):
+    write_tar(tmp_path / "train-0-of-1.tar", root / "train")
+    with pytest.raises(UserError, match=r"train\.tar does not exist"):
+        TarSource(tmp_path, "train")
+
+
 # Damage
+
+
+def flipped(content, header):
+    return content[:header] + bytes([content[header] ^ 1]) + content[header + 1 :]
+
+
+def zeroed(content, header):
+    return content[:header] + bytes(512) + content[header + 512 :]
+
+
+def cut_within(content, header):
+    return content[: header + 100]
+
+
+def cut_before(content, header):
+    return content[:header]
+
+
+@pytest.mark.parametrize("spoil", [flipped, zeroed, cut_within, cut_before])
+def test_a_damaged_tar_file_without_an_index_is_refused(root, tmp_path, spoil):
+    path = write_tar(tmp_path / "train.tar", root / "train")
+    with tarfile.open(path) as file:
+        header = file.getmembers()[-3].offset
+    path.write_bytes(spoil(path.read_bytes(), header))
+    with pytest.raises(UserError, match=rf"train\.tar .*(damaged|cut off) at byte {header:,}"):
+        TarSource(tmp_path, "train")
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.9, -1024, -512, -1])
@@ -249,9 +291,36 @@ def test_a_missing_file_of_several_is_refused(pack, root, number):
 def test_a_file_that_is_cut_short_while_it_is_read_is_complained_of(pack, root):
     packed = pack(root)
     source = TarSource(packed, "train")
+    source.content(0)
     os.truncate(packed / "train.tar", 5000)
     with pytest.raises(OSError, match=r"train\.tar ends within it"):
         source.content(20)
+
+
+def test_a_file_that_is_replaced_after_it_was_indexed_is_complained_of(pack, root):
+    packed = pack(root)
+    source = TarSource(packed, "train")
+    content = (packed / "train.tar").read_bytes()
+    (packed / "train.tar").unlink()
+    (packed / "train.tar").write_bytes(content)
+    with pytest.raises(OSError, match=r"train\.tar was replaced since this run began"):
+        source.content(20)
+
+
+def test_no_more_than_some_files_are_open_at_a_time(pack, root, monkeypatch):
+    monkeypatch.setattr("data.tar._MOST_OPEN", 2)
+    packed = pack(root, "--shard-size", "1")
+    source = TarSource(packed, "train")
+    wanted = [content for content, *_ in samples_of_folder(root / "train")]
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert [source.content(index) for index in [*range(21), *range(21)]] == [*wanted, *wanted]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before + 2
+
+
+def test_an_image_is_read_to_its_end_where_the_system_gives_it_in_parts(pack, root, monkeypatch):
+    packed, pread = pack(root), os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: pread(file, min(size, 1000), offset))
+    assert samples_of_tar(packed) == samples_of_folder(root / "train")
 
 
 # WebDataset shards
