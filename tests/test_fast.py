@@ -158,3 +158,14 @@ def test_evaluation_is_always_exact():
         transform = eval_transform(configured(DATA__IMG_SIZE=64, DATA__LOADING=name))
         outputs.append(transform.augment(transform.decode(image)))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (9, 1), (1, 60)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+def test_fast_loading_of_a_few_pixels_is_exact_loading_where_none_are_drawn(size, mode):
+    buffer = io.BytesIO()
+    image = picture((60, 60)).resize(size)
+    (image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)).save(buffer, "PNG")
+    for seed in SEEDS:
+        exact, fast = both(buffer.getvalue(), seed, **STILL)
+        assert (exact - fast).abs().max() <= 2
