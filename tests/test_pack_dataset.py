@@ -1,5 +1,6 @@
 """Packed data sets: the folder's samples and nothing else, or nothing at all; and tar files that others packed."""
 
+import errno
 import io
 import json
 import os
@@ -8,11 +9,14 @@ import shutil
 import signal
 import tarfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from helpers_unit import ALONE, CPU, configured, noise, small_data_config, write_folder, write_tar
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import tools.packing
@@ -372,23 +376,32 @@ def test_a_shard_holds_images_of_all_classes(pack, tmp_path):
         assert min(labels[b"0"], labels[b"1"]) > 2
 
 
+def scored(config, ranks):
+    parts = [build_eval_data(config, World(rank, ranks, CPU), ["ant", "bee", "cat"], 3) for rank in range(ranks)]
+    assert all((part.classes, part.images) == (["ant", "bee", "cat"], 13) for part in parts)
+    batches = [batch for part in parts for batch in part.loader]
+    return sorted(
+        (image.numpy().tobytes(), int(label)) for batch in batches for image, label in zip(*batch[:2], strict=True)
+    )
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_scores_every_image_of_the_folder_once_on_any_number_of_ranks(pack, root, workers):
     packed = pack(root, "--form", "wds", "--shard-size", "9K")
     config = small_data_config(packed, DATA__DATASET="wds/", DATA__NUM_WORKERS=workers)
     wanted = small_data_config(root)
-
-    def scored(config, ranks):
-        parts = [build_eval_data(config, World(rank, ranks, CPU), ["ant", "bee", "cat"], 3) for rank in range(ranks)]
-        assert all((part.classes, part.images) == (["ant", "bee", "cat"], 13) for part in parts)
-        batches = [batch for part in parts for batch in part.loader]
-        return sorted(
-            (image.numpy().tobytes(), int(label)) for batch in batches for image, label in zip(*batch[:2], strict=True)
-        )
-
     assert scored(config, 1) == scored(config, 3) == scored(wanted, 1)
     data = build_train_data(config, ALONE)
     assert (data.classes, len(list(data.loader))) == (["ant", "bee", "cat"], data.steps_per_epoch)
+
+
+def test_the_stream_gives_images_of_every_kind_as_the_folder_does(pack, root):
+    grey = np.asarray(noise(1).convert("L")).astype(np.uint16) * 257
+    Image.fromarray(grey).save(root / "val" / "ant" / "000.png")
+    noise(2).convert("RGBA").save(root / "val" / "ant" / "001.png")
+    noise(3).convert("P").save(root / "val" / "ant" / "002.png", transparency=4)
+    packed = pack(root, "--form", "wds")
+    assert scored(small_data_config(packed, DATA__DATASET="wds/"), 1) == scored(small_data_config(root), 1)
 
 
 def test_fewer_training_shards_than_loader_processes_are_refused(pack, root, monkeypatch):
@@ -502,10 +515,13 @@ def test_as_much_space_as_the_files_take_is_asked_for_before_anything_is_written
 )
 @pytest.mark.parametrize("form", tools.packing.FORMS)
 def test_nothing_is_left_of_packing_that_is_ended(call, root, monkeypatch, request, form, end, code):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
-    seen = []
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    handle(request, handlers)
+    seen, remove = [], shutil.rmtree
 
     def give(source, sample):
         if len(seen) == 25:  # in the second split
@@ -515,11 +531,41 @@ def test_nothing_is_left_of_packing_that_is_ended(call, root, monkeypatch, reque
         seen.append(sample)
         return (source / sample.name).read_bytes()
 
+    def remove_while_signalled(folder, **settings):
+        for number in handlers:
+            os.kill(os.getpid(), number)
+        remove(folder, **settings)
+
     monkeypatch.setattr(tools.packing, "_content", give)
+    monkeypatch.setattr(shutil, "rmtree", remove_while_signalled)
     result = call(PROGRAM, "--data-path", root, "--output", root.parent / "P", "--form", form)
     assert (result.code, result.stderr.count("\n")) == (code, int(code == 2))
-    assert no_output(root) and (code != 2 or "No space left on device" in result.errors[0])
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == handlers
+    assert no_output(root) and (code != 2 or "No space left on device): free some space" in result.errors[0])
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+def handle(request, handlers):
+    """Sets signals' handlers until the test is over: a shell's background jobs ignore some."""
+    for number, handler in handlers.items():
+        request.addfinalizer(partial(signal.signal, number, signal.signal(number, handler)))
+
+
+def test_packing_goes_on_where_signals_are_to_be_ignored(pack, root, monkeypatch, request):
+    handle(request, {signal.SIGHUP: signal.SIG_IGN})
+    content = tools.packing._content
+    monkeypatch.setattr(
+        tools.packing, "_content", lambda *given: os.kill(os.getpid(), signal.SIGHUP) or content(*given)
+    )
+    assert samples_of_tar(pack(root)) == samples_of_folder(root / "train")
+
+
+def test_space_is_asked_for_only_where_it_is_missing(call, root, monkeypatch):
+    def fail(*_given):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(tools.packing, "_content", fail)
+    result = call(PROGRAM, "--data-path", root, "--output", root.parent / "P")
+    assert "cannot be written ([Errno 5] Input/output error): name another --output" in result.errors[0]
 
 
 def test_a_folder_left_by_a_killed_program_is_named(call, root):

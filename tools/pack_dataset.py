@@ -14,6 +14,7 @@ in it was read back and found equal.
 """
 
 import argparse
+import errno
 import os
 import re
 import shutil
@@ -52,6 +53,7 @@ from utils.errors import Stopped, UserError, listing, reason  # noqa: E402
 from utils.seeding import number_for  # noqa: E402
 
 _SPLITS = ("train", "val")
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WDS_SHARD = 128 << 20  # bytes: over a thousand shards for ImageNet, enough for all loader processes of a large run
 _UNITS = {unit: 1024**power for power, unit in enumerate(("", "K", "M", "G", "T"))}
 
@@ -108,20 +110,32 @@ def appearing_whole(output: Path) -> Iterator[Path]:
         raise UserError(f"{part} exists: remove it unless another program is packing there") from None
     except OSError as error:
         raise UserError(f"{part} cannot be made ({error.strerror}): name another --output") from None
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in _ENDINGS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _stop)
     try:
         yield part
         part.rename(output)
     except OSError as error:
-        raise UserError(f"{output} cannot be written ({reason(error)}): free some space or name another") from None
+        hint = "free some space or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise UserError(f"{output} cannot be written ({reason(error)}): {hint}name another --output") from None
     finally:
+        _ignore_endings()
         shutil.rmtree(part, ignore_errors=True)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    _ignore_endings()
     raise Stopped(number)
+
+
+def _ignore_endings() -> None:
+    """Lets the cleaning up come to its end."""
+    for number in _ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def pack(form: str, source: Path, folder: Path, shards: list[Shard]) -> None:
