@@ -10,6 +10,7 @@ import torch
 from helpers_unit import configured, noise
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
+from sklearn.datasets import load_sample_image
 from timm.data import create_transform
 
 from data.transforms import eval_transform, train_transform
@@ -93,6 +94,19 @@ def test_fast_loading_of_large_images_is_within_five_levels_of_exact_on_average(
     for seed in SEEDS:
         exact, fast = both(file, seed, **STILL)
         assert (exact - fast).abs().float().mean() <= 5
+
+
+@pytest.mark.parametrize(("name", "most"), [("flower.jpg", 1), ("china.jpg", 4)])  # a soft one and one of fine patterns
+def test_fast_loading_of_photographs_is_near_exact(name, most):
+    half = load_sample_image(name)
+    half = np.concatenate([half, half[:, ::-1]], 1)
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate([half, half[::-1]])).save(buffer, "JPEG", quality=90)  # 1280 x 854
+    for seed in range(20):
+        exact, fast = both(buffer.getvalue(), seed, 224, **STILL)
+        difference = (exact - fast).abs()
+        assert difference.float().mean() <= most
+        assert difference.max() <= 50
 
 
 def test_fast_loading_decodes_at_a_smaller_size_only_what_is_twice_as_large_as_needed(monkeypatch):

@@ -10,7 +10,7 @@ augmentation, scores and resumption. `wds` writes WebDataset shards, which are s
 they hold the images in a random order, so that the buffer sees all classes.
 
 Files are packed as they are, broken images too: find those first, with tools/check_data.py. P appears once all that is
-in it was read back and found equal.
+in it was read back and found equal; kill -9 leaves P.part to be removed.
 """
 
 import argparse
