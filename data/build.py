@@ -4,6 +4,7 @@ import atexit
 import math
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -171,10 +172,15 @@ def _check_shards(source: IterableImageDataset, config: CfgNode, world: World) -
         )
 
 
+@cache  # once for all loaders
+def _end_loaders_at_exit() -> None:
+    atexit.register(end_loaders)
+
+
 def _loader_settings(config: CfgNode, world: World) -> dict[str, Any]:
     workers = _workers(config, world)
     if workers:
-        atexit.register(end_loaders)
+        _end_loaders_at_exit()
     return {
         "num_workers": workers,
         "collate_fn": collate,

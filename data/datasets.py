@@ -177,26 +177,29 @@ class ImageSamples(Dataset):
         Raises:
             BrokenDataError: If no sample can be read to replace a broken one.
         """
-        index, seed = key if isinstance(key, tuple) else (key, 0)
-        if isinstance(key, tuple):
-            seed_host(seed)
-        image, target, complaint = self._read(index)
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        image, target, complaint = self._read(index, seed)
         if image is None and self._replace:
             image, target = self._replacement(seed, complaint)
-        image = image or self._transform.decode(_blank())
+        image = image or self._decode(_blank(), seed)
         return self._transform.augment(image), self._to_class[target] if self._to_class else target, complaint
 
-    def _read(self, index: int) -> tuple[Image.Image | None, int, str]:
+    def _read(self, index: int, seed: int | None) -> tuple[Image.Image | None, int, str]:
         try:
             image, target = self.source.read(index)
-            return self._transform.decode(image), target, ""
+            return self._decode(image, seed), target, ""
         except Exception as error:  # decoders and readers raise errors of every kind at garbage
             of_class = f" of class {name}" if (name := self.source.class_of(index)) else ""
             return None, 0, f"{self.source.name(index)}{of_class} is broken ({reason(error)})"
 
-    def _replacement(self, seed: int, complaint: str) -> tuple[Image.Image, int]:
+    def _decode(self, image: Image.Image, seed: int | None) -> Image.Image:
+        if seed is not None:  # each time anew, as fast loading draws a crop before it finds that an image is broken
+            seed_host(seed)
+        return self._transform.decode(image)
+
+    def _replacement(self, seed: int | None, complaint: str) -> tuple[Image.Image, int]:
         for attempt in range(_MOST_REPLACEMENTS):
-            image, target, _ = self._read(number_for(seed, "replacement", attempt) % len(self))
+            image, target, _ = self._read(number_for(seed or 0, "replacement", attempt) % len(self), seed)
             if image is not None:
                 return image, target
         raise BrokenDataError(f"{complaint}, and so are {_MOST_REPLACEMENTS} others: is the data still there?")
@@ -300,6 +303,8 @@ def open_split(config: CfgNode, split: str, is_training: bool) -> Source | Itera
             + ", ".join(_TIMM_PREFIXES)
         )
     settings = {"is_training": is_training, "batch_size": config.DATA.BATCH_SIZE, "seed": config.SEED}
+    if not name.lower().startswith("tfds/"):  # whose reader makes images of arrays
+        settings["input_img_mode"] = ""  # none, as timm would cut 16 bits off above 255, which `as_mode` does not
     return _open_timm(config, name=name, root=root or None, split=split, **settings)
 
 

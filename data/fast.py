@@ -53,6 +53,8 @@ class FastResize:
         """The image at the crop's size."""
         if image.size == self._size[::-1]:
             return image
+        if 0 in image.size:  # of an image of a few pixels timm may draw none, which PIL resizes to black
+            return Image.new(image.mode, self._size[::-1])
         pixels = torch.from_numpy(np.array(image)).view(1, image.height, image.width, -1)
         resized = interpolate(pixels.permute(0, 3, 1, 2), self._size, mode=self._filter, antialias=True)
         return Image.fromarray(resized[0].permute(1, 2, 0).squeeze(-1).numpy())  # lies in memory as PIL's images do

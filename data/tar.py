@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -23,8 +23,18 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from utils.errors import UserError, reason
 
 INDEX = ".index.json"  # the first member of a packed file
+_MOST_OPEN = 64  # files: systems refuse a process more than about a thousand
+_CHUNK = 1 << 20
 
 Member = tuple[str, int, int]  # (name, where its content begins, size)
+
+
+class _Contents(NamedTuple):
+    """What a tar file holds: its images, whether an index told them, and which file it was."""
+
+    members: list[Member]
+    is_indexed: bool
+    identity: tuple[int, ...]
 
 
 class TarSource:
@@ -40,13 +50,15 @@ class TarSource:
 
     def __init__(self, root: Path, split: str) -> None:
         self._paths = tar_files(root, split)
+        files = [_contents(path) for path in self._paths]
         places = {
-            name: (number, offset, size)
-            for number, path in enumerate(self._paths)
-            for name, offset, size in _members(path)
+            name: (number, offset, size) for number, file in enumerate(files) for name, offset, size in file.members
         }
         if not places:
             raise UserError(f"{self._paths[0]} holds no images in class folders: pack the folder that holds those")
+        if not all(file.is_indexed for file in files):
+            _check_top(self._paths[0], {name.rpartition("/")[0] for name in places})
+        self._identities = [file.identity for file in files]
         self._names = sorted(places, key=_place_in_folder)
         self.classes: list[str] | None = sorted({_class_of(name) for name in self._names})
         numbers = {name: number for number, name in enumerate(self.classes)}
@@ -68,13 +80,27 @@ class TarSource:
             OSError: If they cannot be read.
         """
         number, offset, size = self._places[index].tolist()
-        if number not in self._open:
-            self._open[number] = self._paths[number].open("rb", buffering=0)
+        file, content = self._file(number).fileno(), b""
         # Loader processes share the file and its position, which this neither uses nor moves.
-        content = os.pread(self._open[number].fileno(), size, offset)
+        while part := os.pread(file, size - len(content), offset + len(content)):
+            content += part
         if len(content) < size:
             raise OSError(f"{self._paths[number]} ends within it")
         return content
+
+    def _file(self, number: int) -> BinaryIO:
+        file = self._open.pop(number, None) or self._opened(number)
+        self._open[number] = file  # in the order of their last use
+        if len(self._open) > _MOST_OPEN:
+            self._open.pop(next(iter(self._open))).close()
+        return file
+
+    def _opened(self, number: int) -> BinaryIO:
+        file = self._paths[number].open("rb", buffering=0)
+        if _identity(file) != self._identities[number]:
+            file.close()
+            raise OSError(f"{self._paths[number]} was replaced since this run began")
+        return file
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Opens an image."""
@@ -98,7 +124,7 @@ def tar_files(root: Path, split: str) -> list[Path]:
     whole = root / f"{split}.tar"
     if whole.is_file():
         return [whole]
-    counted = re.compile(rf"{re.escape(split)}-\d+-of-(\d+)\.tar")
+    counted = re.compile(rf"{re.escape(split)}-\d{{5,}}-of-(\d{{5,}})\.tar")
     counts = [int(found[1]) for path in root.glob("*.tar") if (found := counted.fullmatch(path.name))]
     if not counts:
         raise UserError(f"{whole} does not exist: DATA.DATASET tar needs a tar file of class folders for each split")
@@ -124,16 +150,24 @@ def write_index(members: list[Member], size: int) -> bytes:
     return json.dumps({"size": size, "names": names, "offsets": offsets, "sizes": sizes}).encode()
 
 
-def _members(path: Path) -> Iterator[Member]:
+def _contents(path: Path) -> _Contents:
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as file:
             first = file.next()
-            yield from _indexed(path, file, first) if first and first.name == INDEX else _scanned(file, first)
+            is_indexed = first is not None and first.name == INDEX
+            members = _indexed(file, first) if is_indexed else list(_scanned(file, first))
+            return _Contents(members, is_indexed, _identity(file.fileobj))
     except (tarfile.TarError, OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} cannot be opened ({reason(error)}): copy or pack it again") from None
 
 
-def _indexed(path: Path, file: tarfile.TarFile, first: tarfile.TarInfo) -> Iterator[Member]:
+def _identity(file: BinaryIO) -> tuple[int, ...]:
+    """What tells an open file from another that takes its place later."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _indexed(file: tarfile.TarFile, first: tarfile.TarInfo) -> list[Member]:
     index = json.loads(file.extractfile(first).read())
     start = first.offset_data - -first.size // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
     *_, last = members = [
@@ -142,13 +176,18 @@ def _indexed(path: Path, file: tarfile.TarFile, first: tarfile.TarInfo) -> Itera
     ]
     file.fileobj.seek(last[1] - tarfile.BLOCKSIZE)
     header = tarfile.TarInfo.frombuf(file.fileobj.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-    if path.stat().st_size != start + index["size"] or header.size != last[2] or not last[0].startswith(header.name):
+    is_last = header.size == last[2] and _bytes(last[0]).startswith(_bytes(header.name))
+    if os.fstat(file.fileobj.fileno()).st_size != start + index["size"] or not is_last:
         raise tarfile.TarError("it is not as long or not as ordered as when it was packed")
-    return iter(members)
+    return members
+
+
+def _bytes(name: str) -> bytes:
+    """As a header holds it, where a long name's end may cut a character in two."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def _scanned(file: tarfile.TarFile, first: tarfile.TarInfo | None) -> Iterator[Member]:
-    folders = set()
     for member in chain([first] if first else [], iter(file.next, None)):
         file.members.clear()  # which would hold all headers
         name = member.name.removeprefix("./")
@@ -156,11 +195,29 @@ def _scanned(file: tarfile.TarFile, first: tarfile.TarInfo | None) -> Iterator[M
             continue
         if not member.isreg() or member.issparse():
             raise tarfile.TarError(f"{name} is a link or sparse, and a folder would have its content")
-        folders.add(name.rpartition("/")[0])
         yield name, member.offset_data, member.size
-    common = os.path.commonpath(folders or [""])
+    _check_end(file)
+
+
+def _check_end(file: tarfile.TarFile) -> None:
+    """Refuses what tarfile takes for the end of an archive where only zeros, of which a tar file has some, are one."""
+    file.fileobj.seek(file.offset)
+    length = 0
+    while chunk := file.fileobj.read(_CHUNK):
+        length += len(chunk)
+        if chunk.count(0) < len(chunk):
+            raise tarfile.TarError(f"it is damaged at byte {file.offset:,}")
+    if length < tarfile.BLOCKSIZE:
+        raise tarfile.TarError(f"it is cut off at byte {file.offset:,}")
+
+
+def _check_top(path: Path, folders: set[str]) -> None:
+    common = os.path.commonpath(folders)
     if common and ("/" in common or common not in folders):
-        raise tarfile.TarError(f"all images lie below {common}/, and not the class folders themselves at the top")
+        raise UserError(
+            f"{path}: all images lie below {common}/, and not the class folders themselves at the top: "
+            "pack the folder that holds those"
+        )
 
 
 def _is_image(name: str) -> bool:

@@ -27,8 +27,9 @@ def root(tmp_path):
 
 
 @pytest.fixture
-def measure(root, tmp_path):
+def measure(root, tmp_path, monkeypatch):
     """Measures the loading of small images, with more words on the command line."""
+    monkeypatch.setattr(loading, "_LEAST", 6)
     (tmp_path / "small.yaml").write_text(f"BASE: {RECIPE}\nDATA: {{IMG_SIZE: 32}}\n")
 
     def run(*words, data=root, rounds=2):
@@ -81,6 +82,26 @@ def test_a_machine_feeds_as_many_gpus_as_its_cores_load_for(measure, monkeypatch
     result = measure("--workers", "--gpu-speed", "2000")
     for name, speed in result["images_per_s_and_core"].items():
         assert result["gpus_fed"][name] == {"2000": pytest.approx(64 * speed["median"] / 2000)}
+
+
+@pytest.mark.parametrize(("workers", "count"), [(1, 40), (3, 60)])
+def test_worker_processes_load_enough_images_to_be_measured(root, monkeypatch, workers, count):
+    monkeypatch.setattr(loading, "_LEAST", 40)
+    loaded = []
+    monkeypatch.setattr(loading, "DataLoader", lambda samples, *_, **__: loaded.append(len(samples)) or [])
+    way = Way({}, list, is_seeded=True)
+    loading.time_loaders({"way": way}, ["x"], workers, argparse.Namespace(images=20, rounds=1))
+    assert loaded == [count]
+
+
+def test_measuring_leaves_the_number_of_threads_as_it_was(measure):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        measure("--workers")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_every_stage_gets_its_own_time(monkeypatch):

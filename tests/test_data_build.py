@@ -1,5 +1,6 @@
 """Loaders and mixup as the configuration asks for them."""
 
+import atexit
 import io
 import os
 import subprocess
@@ -305,6 +306,14 @@ def test_a_signal_to_the_whole_group_leaves_the_loaders_processes_alive(root, nu
             subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
         list(batches)
         assert all(worker.is_alive() for worker in data.loader._iterator._workers)
+
+
+def test_loaders_processes_are_ended_once_however_many_loaders_there_are(root):
+    registered = []
+    for _ in range(3):
+        build_train_data(small_data_config(root, DATA__NUM_WORKERS=1), ALONE)
+        registered.append(atexit._ncallbacks())
+    assert len(set(registered)) == 1
 
 
 PROGRAM = """

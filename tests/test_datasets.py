@@ -4,6 +4,7 @@ import builtins
 import errno
 import gc
 import io
+import random
 import re
 import struct
 import tempfile
@@ -43,6 +44,7 @@ from data.datasets import (
     map_classes,
     open_split,
 )
+from data.transforms import train_transform
 from utils.dist import World
 from utils.errors import BrokenDataError, UserError
 from utils.seeding import number_for
@@ -305,6 +307,19 @@ def test_a_replacement_is_augmented_as_the_seed_says(tmp_path):
     samples = samples_of(tmp_path, "L", lambda image: (grey(image), float(torch.rand(()))), replace=True)
     (replaced, drawn_for_it), _, _ = samples[1, 7]
     assert samples[replaced, 7][0] == (replaced, drawn_for_it)
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_what_stands_for_a_broken_image_is_drawn_alike_by_fast_and_exact_loading(tmp_path, replace):
+    write_folder(tmp_path, {"a": 3}, lambda number: plain(number, (32, 32)))
+    (tmp_path / "a" / "001.png").write_bytes(FORMS["PNG"][:600])
+    settings = {"DATA__IMG_SIZE": 32, "AUG__AUTO_AUGMENT": "none", "AUG__COLOR_JITTER": 0.0}
+    states = []
+    for name in ("exact", "fast"):
+        transform = train_transform(configured(DATA__LOADING=name, **settings))
+        samples = ImageSamples(FolderSource(tmp_path), transform, replace=replace)
+        states.append([(samples[1, seed][1:], random.random()) for seed in range(10)])
+    assert states[0] == states[1]
 
 
 def test_data_of_which_nothing_can_be_read_is_an_error(tmp_path):

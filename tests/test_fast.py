@@ -10,6 +10,7 @@ import torch
 from helpers_unit import configured, noise
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
+from sklearn.datasets import load_sample_image
 from timm.data import create_transform
 
 from data.transforms import eval_transform, train_transform
@@ -95,6 +96,19 @@ def test_fast_loading_of_large_images_is_within_five_levels_of_exact_on_average(
         assert (exact - fast).abs().float().mean() <= 5
 
 
+@pytest.mark.parametrize(("name", "most"), [("flower.jpg", 1), ("china.jpg", 4)])  # a soft one and one of fine patterns
+def test_fast_loading_of_photographs_is_near_exact(name, most):
+    half = load_sample_image(name)
+    half = np.concatenate([half, half[:, ::-1]], 1)
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate([half, half[::-1]])).save(buffer, "JPEG", quality=90)  # 1280 x 854
+    for seed in range(20):
+        exact, fast = both(buffer.getvalue(), seed, 224, **STILL)
+        difference = (exact - fast).abs()
+        assert difference.float().mean() <= most
+        assert difference.max() <= 50
+
+
 def test_fast_loading_decodes_at_a_smaller_size_only_what_is_twice_as_large_as_needed(monkeypatch):
     scales = []
     draft = JpegImageFile.draft
@@ -158,3 +172,14 @@ def test_evaluation_is_always_exact():
         transform = eval_transform(configured(DATA__IMG_SIZE=64, DATA__LOADING=name))
         outputs.append(transform.augment(transform.decode(image)))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (9, 1), (1, 60)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+def test_fast_loading_of_a_few_pixels_is_exact_loading_where_none_are_drawn(size, mode):
+    buffer = io.BytesIO()
+    image = picture((60, 60)).resize(size)
+    (image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)).save(buffer, "PNG")
+    for seed in SEEDS:
+        exact, fast = both(buffer.getvalue(), seed, **STILL)
+        assert (exact - fast).abs().max() <= 2

@@ -100,6 +100,30 @@ def test_loaders_processes_end_with_their_parent_and_ignore_signals_of_others():
     assert (owner.stdout, owner.stderr, owner.returncode) == ("alive\n" * 4, "", 0)
 
 
+DEAF = """
+import multiprocessing, signal, time
+from utils import signals
+
+def work(pipe):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pipe.send("deaf")
+    time.sleep(600)
+
+signals._MOST_ASKED = 2
+here, there = multiprocessing.Pipe()
+process = multiprocessing.Process(target=work, args=(there,), daemon=True)
+process.start()
+print(here.recv(), flush=True)
+signals.end_loaders()
+print(process.exitcode)
+"""
+
+
+def test_a_loaders_process_that_hears_nothing_is_killed():
+    owner = subprocess.run([sys.executable, "-c", DEAF], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert (owner.stdout, owner.stderr, owner.returncode) == ("deaf\n-9\n", "", 0)
+
+
 def test_other_signals_are_left_alone():
     others = [signal.SIGCHLD, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2]
     before = [signal.getsignal(number) for number in others]

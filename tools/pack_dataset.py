@@ -10,10 +10,11 @@ augmentation, scores and resumption. `wds` writes WebDataset shards, which are s
 they hold the images in a random order, so that the buffer sees all classes.
 
 Files are packed as they are, broken images too: find those first, with tools/check_data.py. P appears once all that is
-in it was read back and found equal.
+in it was read back and found equal; kill -9 leaves P.part to be removed.
 """
 
 import argparse
+import errno
 import os
 import re
 import shutil
@@ -52,7 +53,9 @@ from utils.errors import Stopped, UserError, listing, reason  # noqa: E402
 from utils.seeding import number_for  # noqa: E402
 
 _SPLITS = ("train", "val")
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WDS_SHARD = 128 << 20  # bytes: over a thousand shards for ImageNet, enough for all loader processes of a large run
+_WDS_LEAST = 64  # training shards of small data sets, of which each loader process needs one too
 _UNITS = {unit: 1024**power for power, unit in enumerate(("", "K", "M", "G", "T"))}
 
 
@@ -108,20 +111,32 @@ def appearing_whole(output: Path) -> Iterator[Path]:
         raise UserError(f"{part} exists: remove it unless another program is packing there") from None
     except OSError as error:
         raise UserError(f"{part} cannot be made ({error.strerror}): name another --output") from None
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in _ENDINGS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _stop)
     try:
         yield part
         part.rename(output)
     except OSError as error:
-        raise UserError(f"{output} cannot be written ({reason(error)}): free some space or name another") from None
+        hint = "free some space or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise UserError(f"{output} cannot be written ({reason(error)}): {hint}name another --output") from None
     finally:
+        _ignore_endings()
         shutil.rmtree(part, ignore_errors=True)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    _ignore_endings()
     raise Stopped(number)
+
+
+def _ignore_endings() -> None:
+    """Lets the cleaning up come to its end."""
+    for number in _ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def pack(form: str, source: Path, folder: Path, shards: list[Shard]) -> None:
@@ -160,14 +175,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="P", help="folder to make")
     parser.add_argument("--form", choices=FORMS, default="tar", help="random access, or a stream (default tar)")
     parser.add_argument(
-        "--shard-size", metavar="BYTES", help="of a file, about, such as 4G (default: tar one file a split, wds 128M)"
+        "--shard-size",
+        metavar="BYTES",
+        help="of a file, about, such as 4G (default: tar one file a split, wds 128M or less for 64 training shards)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order in wds shards (default 0)")
     arguments = parser.parse_args()
     if arguments.shard_size is not None:
         arguments.shard_size = _bytes(arguments.shard_size)
-    elif arguments.form == "wds":
-        arguments.shard_size = _WDS_SHARD
     output = arguments.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists: name another, nothing is written over")
@@ -204,7 +219,10 @@ def main() -> None:
         samples = find_samples(root / split, source)
         if form == "wds":
             Random(number_for(arguments.seed, f"packing {split}")).shuffle(samples)
-        splits[split] = plan(form, split, samples, arguments.shard_size)
+        size, least = arguments.shard_size, 1
+        if form == "wds" and size is None:
+            size, least = _WDS_SHARD, _WDS_LEAST if split == "train" else 1
+        splits[split] = plan(form, split, samples, size, least)
     _check_space(output.resolve().parent, sum(shard.size for shards in splits.values() for shard in shards))
     with appearing_whole(output) as folder:
         for split, shards in splits.items():
@@ -216,7 +234,9 @@ def main() -> None:
         print(f"{split}: {images:,} images in {len(shards):,} file(s), {size / 2**20:,.1f} MiB, read back and equal")
     print(f"train on it with --data-path {output} --opts DATA.DATASET {'tar' if form == 'tar' else 'wds/'}")
     if form == "wds":
-        print(f"with at most {len(splits['train']):,} loader processes on all ranks together (DATA.NUM_WORKERS a rank)")
+        most = len(splits["train"])
+        processes = f"{most:,} loader process{'es' * (most > 1)}"
+        print(f"with at most {processes} on all ranks together (DATA.NUM_WORKERS a rank)")
 
 
 if __name__ == "__main__":

@@ -44,11 +44,19 @@ class Shard(NamedTuple):
     size: int
 
 
-def plan(form: str, split: str, samples: Sequence[Sample], shard_size: int | None) -> list[Shard]:
-    """Deals the images of a split out to files of about a size, in the order given; to one file if that is None."""
+def plan(form: str, split: str, samples: Sequence[Sample], shard_size: int | None, least: int = 1) -> list[Shard]:
+    """Deals the images of a split out to files, in the order given.
+
+    Args:
+        form: One of `FORMS`.
+        split: Its name.
+        samples: The images.
+        shard_size: Bytes of a file, about; None for one file.
+        least: Files, about, where that makes them smaller and there are so many images.
+    """
     rooms = [sum(map(_room, _headers(form, sample))) for sample in samples]
     total = sum(rooms)
-    count = -(-total // shard_size) if shard_size else 1
+    count = max(-(-total // shard_size) if shard_size else 1, min(least, len(samples)))
     placed = zip(samples, accumulate(rooms, initial=0), strict=False)
     groups = [[sample for sample, _ in group] for _, group in groupby(placed, lambda place: place[1] * count // total)]
     names = file_names(split, len(groups)) if form == "wds" or len(groups) > 1 else [f"{split}.tar"]
@@ -133,14 +141,17 @@ def write_info(folder: Path, classes: list[str], splits: dict[str, list[Shard]])
 
 def ahead(do: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """What a function gives for each item, in order, from threads that work some items ahead."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(_READERS)
+    waiting: deque[Future[Result]] = deque()
+    try:
         for item in items:
             waiting.append(pool.submit(do, item))
             if len(waiting) == _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error nobody takes what is queued
 
 
 def _content(source: Path, sample: Sample) -> bytes:

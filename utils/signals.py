@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 
 # What terminals, queues and launchers send. SLURM's --signal is set to SIGUSR1 by custom.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_MOST_ASKED = 50  # times, a tenth of a second each
 
 
 def ignore_stop_signals(_worker: int = 0) -> None:
@@ -27,11 +28,16 @@ def _end_when_the_parent_asks() -> None:
 
 
 def end_loaders() -> None:
-    """Asks the loaders' processes to end until they do: a signal that meets another of its kind is lost."""
-    for process in multiprocessing.active_children():
-        while process.daemon and process.is_alive():
+    """Asks the loaders' processes to end, again and again as a signal that meets another is lost, and then kills."""
+    for process in filter(lambda child: child.daemon, multiprocessing.active_children()):
+        for _ in range(_MOST_ASKED):
             process.terminate()
             process.join(0.1)
+            if not process.is_alive():
+                break
+        else:
+            process.kill()  # it hangs where no signal is seen
+            process.join()
 
 
 class StopSignals(AbstractContextManager["StopSignals"]):

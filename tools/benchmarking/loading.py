@@ -1,7 +1,8 @@
 """Measures the loading of training images, stage by stage on one core and whole with worker processes.
 
-The ways of loading take turns on the same images with the same random draws. One core's numbers are processor seconds,
-which other programs on the machine do not lengthen much; files come from the machine's cache.
+The ways of loading take turns on the same images, and draw the same at random where stages are measured; in worker
+processes only DATA.LOADING's ways draw what their seeds say. One core's numbers are processor seconds, which other
+programs on the machine do not lengthen much; files come from the machine's cache.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from yacs.config import CfgNode
 
 from data.build import available_cores
 from data.datasets import FolderSource
@@ -26,6 +28,7 @@ from utils.seeding import seed_host
 
 _RECIPE = Path(__file__).resolve().parent.parent.parent / "configs" / "groupmixformer_small.yaml"
 _BATCH_SIZE = 32
+_LEAST = 512  # images of a round of worker processes, whose start takes as long as loading some batches
 
 
 def add_loader_arguments(parser: ArgumentParser) -> None:
@@ -33,7 +36,13 @@ def add_loader_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--data-path", type=Path, required=True, metavar="D", help="folder of class folders, or of train/ with those")
     add("--cfg", type=Path, default=_RECIPE, metavar="FILE", help="whose augmentation (default: GroupMixFormer-S's)")
-    add("--images", type=int, default=96, metavar="N", help="images of a round, for each worker (default 96)")
+    add(
+        "--images",
+        type=int,
+        default=96,
+        metavar="N",
+        help=f"images of a round, for each worker (default 96); a loader's has at least {_LEAST}",
+    )
     add(
         "--workers",
         type=int,
@@ -66,9 +75,18 @@ def run_loader(arguments: Namespace) -> dict[str, Any]:
     """
     config = load_config(arguments.cfg)
     check(config)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        return _measured(arguments, config)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(arguments: Namespace, config: CfgNode) -> dict[str, Any]:
     ways = loading_ways(config)
-    paths = find_images(arguments.data_path, arguments.images * max([arguments.rounds, *arguments.workers]))
+    counts = [arguments.images * arguments.rounds, *(images_of_round(arguments, each) for each in arguments.workers)]
+    paths = find_images(arguments.data_path, max(counts))
     endless = itertools.cycle(paths)
     seconds = time_stages(ways, [list(itertools.islice(endless, arguments.images)) for _ in range(arguments.rounds)])
     speeds = {name: [1 / sum(of_round.values()) for of_round in rounds] for name, rounds in seconds.items()}
@@ -90,6 +108,11 @@ def run_loader(arguments: Namespace) -> dict[str, Any]:
             for name, of_way in speeds.items()
         },
     }
+
+
+def images_of_round(arguments: Namespace, workers: int) -> int:
+    """How many images a loader of so many worker processes loads in a round."""
+    return max(arguments.images * workers, _LEAST)
 
 
 def find_images(root: Path, most: int) -> list[str]:
@@ -178,12 +201,12 @@ def time_loaders(
         ways: By name.
         paths: The images.
         workers: Processes.
-        arguments: Images of a round, for each worker, and rounds.
+        arguments: Images of a round, for each worker, of which there are some hundreds at least, and rounds.
 
     Returns:
         Images a second of each way and round, by the clock on the wall.
     """
-    count = arguments.images * workers
+    count = images_of_round(arguments, workers)
     shared = list(itertools.islice(itertools.cycle(paths), count))
     loaders = {
         name: DataLoader(
@@ -249,10 +272,12 @@ def loader_tables(results: dict[str, Any], machine: dict[str, Any]) -> str:
 
 _LEGEND = """\
 Medians of rounds in which the ways of loading take turns on the same images (in brackets least and most). published: as
-the published code loads, normalising and erasing included; exact and fast: as DATA.LOADING does, to 8-bit pixels. ms:
-processor time of an image on one core, files being in memory already; images/s of one core follow from it. Workers:
-processes of one loader, by the clock on the wall. GPUs fed: images/s of one core x cores / a GPU's images/s; loader
-processes of all GPUs share the cores, and cores that share arithmetic units feed fewer, as the rows of workers tell."""
+the published code loads, normalising and erasing included, which the other two leave to the device; exact and fast: as
+DATA.LOADING does, to 8-bit pixels. ms: processor time of an image on one core, files being in memory already; images/s
+of one core follow from it. The decode of fast holds the cut and, of images that are decoded smaller, the whole resize.
+Workers: processes of one loader, by the clock on the wall. GPUs fed: images/s of one core x cores / a GPU's images/s,
+for published with normalising and erasing on these cores; loader processes of all GPUs share the cores, and cores that
+share arithmetic units feed fewer, as the rows of workers tell."""
 
 
 def _with_spread(summary: dict[str, float]) -> str:
