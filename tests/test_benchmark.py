@@ -343,6 +343,7 @@ class TestProgram:
             (["--rounds", "0"], "--rounds 0"),
             (["--seconds", "0"], "--seconds 0"),
             (["--json", "no/such/folder/f.json"], "--json no/such/folder/f.json"),
+            (["--profile", __file__], f"--profile {__file__}: is a file"),
             (["--mode", "guess"], "--help"),
         ],
     )
@@ -351,8 +352,8 @@ class TestProgram:
         assert ended.code == 2
         assert len(ended.errors) == 1 and told in ended.errors[0]
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-    def test_a_gpu_that_is_not_there_is_refused(self, call):
+    def test_a_gpu_that_is_not_there_is_refused(self, call, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert "use --device cpu" in call("tools/benchmark.py", "--device", "cuda").errors[0]
 
     def test_a_run_prints_its_tables_and_writes_all_that_is_asked_for(self, call, tmp_path):

@@ -68,8 +68,9 @@ def parse() -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {min(numbers)}: give at least 1")
     if not arguments.loader and not arguments.seconds > 0:
         raise UserError(f"--seconds {arguments.seconds}: give more than 0")
-    if arguments.profile and arguments.profile.exists() and not arguments.profile.is_dir():
-        raise UserError(f"--profile {arguments.profile}: is a file; name a folder")
+    profile = getattr(arguments, "profile", None)
+    if profile and profile.exists() and not profile.is_dir():
+        raise UserError(f"--profile {profile}: is a file; name a folder")
     for flag in ("json", "markdown", "png"):
         path = getattr(arguments, flag, None)
         if path and (path.is_dir() or not path.parent.is_dir()):
