@@ -36,9 +36,9 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-.venv/.installed: requirements.txt requirements-dev.txt
+.venv/.installed: requirements.txt requirements-downstream.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --upgrade -r requirements.txt -r requirements-downstream.txt -r requirements-dev.txt
 	touch $@
 
 clean:

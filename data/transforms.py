@@ -6,6 +6,7 @@ They end in 8-bit pixels; `data/finish.py` does the rest to whole batches.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from PIL import Image
 from timm.data import create_transform
@@ -51,29 +52,34 @@ def train_transform(config: CfgNode) -> Transform:
     Raises:
         UserError: If timm does not know the automatic augmentation.
     """
-    aug, mode = config.AUG, image_mode(config)
+    mode = image_mode(config)
     try:
-        transform = create_transform(
-            config.DATA.IMG_SIZE,
-            is_training=True,
-            scale=tuple(aug.SCALE),
-            ratio=tuple(aug.RATIO),
-            hflip=aug.HFLIP,
-            color_jitter=aug.COLOR_JITTER if aug.COLOR_JITTER > 0 else None,
-            auto_augment=None if aug.AUTO_AUGMENT == "none" else aug.AUTO_AUGMENT,
-            interpolation=config.DATA.INTERPOLATION,
-            mean=tuple(config.DATA.MEAN),
-            normalize=False,
-        )
+        transform = create_transform(**train_settings(config), normalize=False)
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(
-            f"AUG.AUTO_AUGMENT is {aug.AUTO_AUGMENT!r}, which timm does not know ({error!r}): "
+            f"AUG.AUTO_AUGMENT is {config.AUG.AUTO_AUGMENT!r}, which timm does not know ({error!r}): "
             "write it as rand-m9-mstd0.5-inc1, augmix-m3-w3, original, or none"
         ) from None
     if config.DATA.LOADING == "exact":
         return Transform(partial(as_mode, mode=mode), transform)
     crop, *others = transform.transforms
     return Transform(FastCut(crop, mode), Compose([FastResize(crop), *others]))
+
+
+def train_settings(config: CfgNode) -> dict[str, Any]:
+    """The configured crops, flips and augmentations of training, as timm's `create_transform` takes them."""
+    aug = config.AUG
+    return {
+        "input_size": config.DATA.IMG_SIZE,
+        "is_training": True,
+        "scale": tuple(aug.SCALE),
+        "ratio": tuple(aug.RATIO),
+        "hflip": aug.HFLIP,
+        "color_jitter": aug.COLOR_JITTER if aug.COLOR_JITTER > 0 else None,
+        "auto_augment": None if aug.AUTO_AUGMENT == "none" else aug.AUTO_AUGMENT,
+        "interpolation": config.DATA.INTERPOLATION,
+        "mean": tuple(config.DATA.MEAN),
+    }
 
 
 def eval_transform(config: CfgNode) -> Transform:

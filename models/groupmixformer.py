@@ -34,8 +34,8 @@ PROXY_KERNEL_SIZES = (3, 5, 7)
 POSITION_WINDOWS = ((3, 2), (5, 3), (7, 3))  # (window, number of heads that use it)
 # What activation checkpointing keeps of a block, by what it recomputes.
 RECOMPUTE = {
-    "all": (),
-    "cheap": tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "convolution")),
+    "all": [],
+    "cheap": [getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "convolution")],
 }
 
 
@@ -609,22 +609,20 @@ def checkpoint_block(block: GroupMixBlock, x: Tensor) -> Tensor:
     """
     kept = RECOMPUTE[block.recompute]
     if torch.compiler.is_compiling():
-        contexts = {"context_fn": partial(create_selective_checkpoint_contexts, list(kept))} if kept else {}
+        contexts = {"context_fn": partial(create_selective_checkpoint_contexts, kept)} if kept else {}
     else:
         contexts = {"context_fn": partial(_checkpoint_contexts, block, kept)}
     return checkpoint(block.mix, x, use_reentrant=False, **contexts)
 
 
-def _checkpoint_contexts(block: GroupMixBlock, kept: tuple[Any, ...]) -> tuple[Any, Any]:
-    contexts = create_selective_checkpoint_contexts(list(kept)) if kept else (contextlib.nullcontext(),) * 2
-    return contexts[0], _together(frozen_statistics(block), contexts[1])
+def _checkpoint_contexts(block: GroupMixBlock, kept: list[Any]) -> tuple[Any, Any]:
+    forward, again = create_selective_checkpoint_contexts(kept) if kept else (contextlib.nullcontext(),) * 2
+    return forward, _recomputation(block, again)
 
 
 @contextlib.contextmanager
-def _together(*contexts: Any) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
+def _recomputation(block: GroupMixBlock, selection: Any) -> Iterator[None]:
+    with frozen_statistics(block), selection:
         yield
 
 

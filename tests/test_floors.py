@@ -8,7 +8,8 @@ import pytest
 from helpers_unit import ROOT
 
 PACKAGES = ("utils", "models", "data", "tools", "segmentation", "detection")
-LOOPS = {"utils.engine", "utils.report", "utils.resume", "utils.scoring"}  # given built objects, above models and data
+# Given built objects, above models and data.
+LOOPS = {"utils.engine", "utils.report", "utils.resume", "utils.scoring", "utils.trained"}
 RUNS = {"utils.keeper", "utils.trainer"}  # above the loops, which they run and watch over
 SCRIPTS, RUN, LOOP, PARTS, LEAVES = 5, 4, 3, 2, 1
 

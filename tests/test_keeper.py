@@ -101,29 +101,31 @@ def test_a_run_is_saved_every_so_many_updates_but_not_where_its_epoch_is_saved(t
     assert saved[len(places) :] == [(1, 0)]
 
 
-def test_a_run_is_saved_after_so_many_minutes_since_it_was_saved_last(tmp_path, saved, monkeypatch):
+@pytest.fixture
+def update_after(tmp_path, monkeypatch):
+    """Takes an update after each of some numbers of minutes: `update_after(minutes, key=value)`."""
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr("utils.keeper.time", SimpleNamespace(monotonic=lambda: clock.now))
-    training = training_of()
-    keeper = keeper_of(tmp_path, training, config_with(TRAIN__SAVE_MINUTES=15.0))
-    for place, minutes in enumerate((14, 1, 10, 4, 20, 20), 1):
-        clock.now += 60 * minutes
-        training.progress.place = place
-        keeper.on_update(0, False)
-    keeper.wait()
+
+    def run(all_minutes, **changes):
+        training = training_of()
+        keeper = keeper_of(tmp_path, training, config_with(**changes))
+        for place, minutes in enumerate(all_minutes, 1):
+            clock.now += 60 * minutes
+            training.progress.place = place
+            keeper.on_update(0, False)
+        keeper.wait()
+
+    return run
+
+
+def test_a_run_is_saved_after_so_many_minutes_since_it_was_saved_last(saved, update_after):
+    update_after((14, 1, 10, 4, 20, 20), TRAIN__SAVE_MINUTES=15.0)
     assert saved == [(0, 2), (0, 5)]
 
 
-def test_a_checkpoint_that_comes_by_updates_puts_off_the_one_that_comes_by_the_clock(tmp_path, saved, monkeypatch):
-    clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr("utils.keeper.time", SimpleNamespace(monotonic=lambda: clock.now))
-    training = training_of()
-    keeper = keeper_of(tmp_path, training, config_with(TRAIN__SAVE_MINUTES=15.0, TRAIN__SAVE_UPDATES=2))
-    for place, minutes in enumerate((10, 10, 10, 10, 10, 10), 1):
-        clock.now += 60 * minutes
-        training.progress.place = place
-        keeper.on_update(0, False)
-    keeper.wait()
+def test_a_checkpoint_that_comes_by_updates_puts_off_the_one_that_comes_by_the_clock(saved, update_after):
+    update_after((10, 10, 10, 10, 10, 10), TRAIN__SAVE_MINUTES=15.0, TRAIN__SAVE_UPDATES=2)
     assert saved == [(0, 2), (0, 4)]
 
 

@@ -39,7 +39,7 @@ from tools.benchmarking.measure import Result, Settings, measure  # noqa: E402
 from tools.benchmarking.networks import build_network  # noqa: E402
 from tools.benchmarking.report import as_json, markdown  # noqa: E402
 from tools.benchmarking.subjects import plan  # noqa: E402
-from utils.cli import Parser, run  # noqa: E402
+from utils.cli import Parser, check_report, run  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.optim import choose_kernels  # noqa: E402
 
@@ -72,9 +72,7 @@ def parse() -> argparse.Namespace:
     if profile and profile.exists() and not profile.is_dir():
         raise UserError(f"--profile {profile}: is a file; name a folder")
     for flag in ("json", "markdown", "png"):
-        path = getattr(arguments, flag, None)
-        if path and (path.is_dir() or not path.parent.is_dir()):
-            raise UserError(f"--{flag} {path}: name a file in a folder that exists")
+        check_report(getattr(arguments, flag, None), f"--{flag}")
     return arguments
 
 

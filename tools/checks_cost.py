@@ -31,6 +31,7 @@ from utils.dist import world  # noqa: E402
 from utils.engine import Training, Watch, train_one_epoch  # noqa: E402
 from utils.optim import choose_precision  # noqa: E402
 from utils.resume import state_of  # noqa: E402
+from utils.throughput import wait  # noqa: E402
 from utils.trainer import build_training  # noqa: E402
 from utils.writer import BackgroundWriter  # noqa: E402
 
@@ -79,8 +80,7 @@ def time_updates(training: Training, shape: tuple[int, ...], rounds: int) -> tup
             self.since = time.perf_counter()
 
         def on_update(self, signal: int, failed: bool) -> None:
-            if training.world.device.type == "cuda":
-                torch.cuda.synchronize()
+            wait(training.world.device)
             now = time.perf_counter()
             times[training.progress.place % 2 == 1].append(now - self.since)
             self.since = now

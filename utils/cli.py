@@ -113,14 +113,14 @@ def config_from(arguments: argparse.Namespace) -> CfgNode:
     return config
 
 
-def check_report(path: Path | None) -> None:
-    """Refuses a --json file that cannot be written, before the work that it is to report.
+def check_report(path: Path | None, flag: str = "--json") -> None:
+    """Refuses a file for a report that cannot be written, before the work that it is to report.
 
     Raises:
         UserError: If it is a folder, or in none.
     """
     if path and (path.is_dir() or not path.parent.is_dir()):
-        raise UserError(f"--json {path}: name a file in a folder that exists")
+        raise UserError(f"{flag} {path}: name a file in a folder that exists")
 
 
 def run(main: Callable[[], None]) -> None:

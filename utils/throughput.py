@@ -26,17 +26,18 @@ def throughput(
     with precision.autocast():
         for _ in range(warmup):
             model(images)
-        _wait(images.device)
+        wait(images.device)
         batches, start, elapsed = 0, time.perf_counter(), 0.0
         while elapsed < seconds:
             model(images)
-            _wait(images.device)
+            wait(images.device)
             batches += 1
             elapsed = time.perf_counter() - start
     return batches * len(images) / elapsed
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

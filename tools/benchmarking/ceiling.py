@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 COPY = "copy"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns
 _COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes, far more than a cache holds
 
@@ -25,7 +25,7 @@ def ceilings(precisions: set[str], device: torch.device) -> dict[str, tuple[Call
     size = _MATRIX[device.type]
     for precision in sorted(precisions):
         # Random numbers: zeros take less power, and are multiplied faster than real data.
-        left, right, out = (torch.randn(size, size, device=device).to(_DTYPES[precision]) for _ in range(3))
+        left, right, out = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(3))
         steps[precision] = (lambda left=left, right=right, out=out: torch.mm(left, right, out=out), 2.0 * size**3)
     source = torch.randn(_COPIED[device.type] // 4, device=device)
     target = torch.empty_like(source)

@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-_ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+from tools.benchmarking.ceiling import DTYPES
+from utils.throughput import wait
+
 _PASSES = {"infer": 1, "train": 3}
 
 
@@ -40,7 +42,7 @@ class Work:
         """
         passes = _PASSES[mode]
         numbers = batch_size * self.elements + self.weights
-        return passes * batch_size * self.flops, passes * numbers * _ITEM_BYTES[precision]
+        return passes * batch_size * self.flops, passes * numbers * DTYPES[precision].itemsize
 
 
 def count_work(network: nn.Module, size: int) -> Work:
@@ -78,11 +80,11 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int:
     allocations are those that torch's profiler sees, in their order.
     """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
-        torch.cuda.synchronize(device)
+        wait(device)
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()

@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 from data.build import available_cores
 from data.datasets import FolderSource
 from tools.benchmarking.machine import machine_line
+from tools.benchmarking.timing import in_turn
 from tools.benchmarking.ways import STAGES, Way, loading_ways
 from utils.config import check, load_config
 from utils.errors import UserError, reason
@@ -148,9 +149,8 @@ def time_stages(ways: dict[str, Way], chunks: Iterable[Sequence[str]]) -> dict[s
         Processor seconds an image, by way, round and stage.
     """
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    names = list(ways)
     for number, paths in enumerate(chunks):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in in_turn(ways, number):
             found[name].append(_time_round(ways[name], number, paths))
     return found
 

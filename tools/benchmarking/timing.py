@@ -1,12 +1,13 @@
 """Times steps in rounds that take turns, so that a machine that drifts slows all of them alike."""
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
 
 import torch
 
 from utils.errors import reason
+from utils.throughput import wait
 
 Key = TypeVar("Key", bound=Hashable)
 Step = Callable[[], object]
@@ -63,11 +64,16 @@ def interleave(
     calls = {key: max(1, round(seconds / guarded(key, 1))) for key in list(steps)}
     times: dict[Key, list[float]] = {key: [] for key in steps}
     for turn in range(rounds):
-        order = list(steps)
-        shift = turn % len(order) if order else 0
-        for key in order[shift:] + order[:shift]:
+        for key in in_turn(steps, turn):
             times[key].append(guarded(key, calls[key]))
     return {key: times[key] for key in steps}, failures
+
+
+def in_turn(keys: Iterable[Key], turn: int) -> list[Key]:
+    """The order of a round, which moves on by one from round to round."""
+    order = list(keys)
+    shift = turn % max(len(order), 1)
+    return order[shift:] + order[:shift]
 
 
 def out_of_memory(error: RuntimeError) -> str:
@@ -81,9 +87,3 @@ def out_of_memory(error: RuntimeError) -> str:
         raise error
     torch.cuda.empty_cache()  # does nothing where CUDA was not used
     return "out of memory"
-
-
-def wait(device: torch.device) -> None:
-    """Until a GPU has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

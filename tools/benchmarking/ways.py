@@ -18,7 +18,7 @@ from torchvision.transforms import Compose
 from yacs.config import CfgNode
 
 from data.build import collate
-from data.transforms import Transform, train_transform
+from data.transforms import Transform, train_settings, train_transform
 
 STAGES = ("seed", "read", "decode", "crop and resize", "augment", "to tensor", "collate")
 
@@ -34,18 +34,10 @@ class Way:
 
 def loading_ways(config: CfgNode) -> dict[str, Way]:
     """The ways of loading by name, with the augmentation of a configuration."""
-    aug, data = config.AUG, config.DATA
+    aug = config.AUG
     published = create_transform(
-        data.IMG_SIZE,
-        is_training=True,
-        scale=tuple(aug.SCALE),
-        ratio=tuple(aug.RATIO),
-        hflip=aug.HFLIP,
-        color_jitter=aug.COLOR_JITTER,
-        auto_augment=None if aug.AUTO_AUGMENT == "none" else aug.AUTO_AUGMENT,
-        interpolation=data.INTERPOLATION,
-        mean=tuple(data.MEAN),
-        std=tuple(data.STD),
+        **train_settings(config),
+        std=tuple(config.DATA.STD),
         re_prob=aug.REPROB,
         re_mode=aug.REMODE,
         re_count=aug.RECOUNT,
