@@ -56,10 +56,10 @@ def test_each_of_many_classes_has_the_same_number_of_pixels(tmp_path, classes, s
     assert sorted(columns - columns.min()) == sorted(2 * cell)
 
 
-def test_thousands_of_classes_share_pixels(tmp_path):
-    numbers = np.arange(5000)
-    draw_confusion(tmp_path / "m.png", outcomes_of(numbers, numbers), [""] * 5000)
-    assert max(Image.open(tmp_path / "m.png").size) < 3000
+def test_more_than_a_thousand_classes_share_pixels(tmp_path):
+    numbers = np.arange(1001)
+    draw_confusion(tmp_path / "m.png", outcomes_of(numbers, numbers), [""] * 1001)
+    assert max(Image.open(tmp_path / "m.png").size) < 1300
 
 
 @pytest.mark.parametrize("name", ["$x$", "$\\frac$", "a_b^{c", "a<b>", "x" * 99, "", "Größe"])

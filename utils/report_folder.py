@@ -13,27 +13,27 @@ SCORE = "score.json"
 CLASSES, CONFUSIONS, CALIBRATION, IMAGES = "classes.csv", "confusions.csv", "calibration.csv", "images.csv"
 MATRIX, RELIABILITY, MISTAKES = "confusion_matrix.png", "reliability.png", "mistakes.png"
 _FILES = {PAGE, SCORE, CLASSES, CONFUSIONS, CALIBRATION, IMAGES, MATRIX, RELIABILITY, MISTAKES}
-GENERATOR = "GroupMixFormer test.py --report"  # told by every page, as the first kilobyte of which it is found again
-_HEAD = 1024  # bytes
+GENERATOR = "GroupMixFormer test.py --report"  # what a page says that it was written by
+_HEAD = 1024  # bytes of the page that say so
 
 
-def check_report_folder(folder: Path, flag: str = "--report") -> None:
+def check_report_folder(folder: Path) -> None:
     """Refuses a folder that a report cannot be written to, or that holds anything but an earlier report.
 
     Raises:
         UserError: If it does.
     """
     if not folder.parent.is_dir() or not os.access(folder.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {folder}: name a folder, new or not, in one that exists and can be written to")
+        raise UserError(f"--report {folder}: name a folder, new or not, in one that exists and can be written to")
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise UserError(f"{flag} {folder} is a file: name a folder")
+        raise UserError(f"--report {folder} is a file: name a folder")
     found = sorted(path.name for path in folder.iterdir())
     if others := [name for name in found if name not in _FILES]:
-        raise UserError(f"{flag} {folder} holds what no report does ({listing(others)}): name another folder")
+        raise UserError(f"--report {folder} holds what no report does ({listing(others)}): name another folder")
     if found and not _is_report(folder):
-        raise UserError(f"{flag} {folder} holds no report of this program ({listing(found)}): name another folder")
+        raise UserError(f"--report {folder} holds no report of this program ({listing(found)}): name another folder")
 
 
 def _is_report(folder: Path) -> bool:

@@ -29,7 +29,7 @@ from utils.report_folder import (
 from utils.report_page import Findings, page
 from utils.sheet import PLAIN, RIGHT, WRONG, contact_sheet, write_png
 
-_MOST_MISTAKES, _COLUMNS = 30, 6
+_MOST_MISTAKES, _COLUMNS, _SIDE = 30, 6, 192  # the last in pixels
 
 
 class Pictures(Protocol):
@@ -184,10 +184,12 @@ def _draw_mistakes(path: Path, found: Findings, pictures: Pictures) -> None:
         try:
             image, _ = pictures.read(int(index))
             image.load()
+            if image.mode == "RGB":  # thirty photographs of many megapixels would fill the memory
+                image.thumbnail((2 * _SIDE, 2 * _SIDE))
         except Exception as error:  # as readers and decoders raise
             raise UserError(
                 f"{found.names[index]} cannot be read again ({reason(error)}): is it still there?"
             ) from None
         shown.append(image)
     colours = [(WRONG, RIGHT, PLAIN)] * len(shown)
-    write_png(contact_sheet(list(zip(shown, captions, strict=True)), _COLUMNS, colours=colours), path)
+    write_png(contact_sheet(list(zip(shown, captions, strict=True)), _COLUMNS, _SIDE, colours), path)
