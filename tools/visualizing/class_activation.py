@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 
 import torch
 from matplotlib.axes import Axes
@@ -24,7 +23,7 @@ from utils.trained import Trained, add_trained_arguments
 
 _COLOURS = "turbo"
 _OPACITY = 0.5
-_LABEL = 24  # letters of a label
+_LABEL = 20  # letters of a label
 _MOST_COLUMNS = 8
 _PANEL = 1.6  # inches
 
@@ -82,7 +81,7 @@ def draw_cam(trained: Trained, arguments: argparse.Namespace, device: torch.devi
     ]
     save_figure(cam_figure(images, found, stage), arguments.output)
     return [
-        f"{path}: " + ", ".join(f"{each.label} {each.probability:.1%}" for each in of_image)
+        f"{path}: " + ", ".join(f"{each.label} ({each.probability:.1%})" for each in of_image)
         for path, of_image in zip(arguments.images, found, strict=True)
     ]
 
@@ -192,4 +191,5 @@ def _overlay(axis: Axes, pixels: Tensor, each: Activation) -> None:
     heat = (each.evidence / (largest or 1.0)).cpu().numpy()
     axis.imshow(heat, cmap=_COLOURS, vmin=0, vmax=1, alpha=_OPACITY, extent=extent_of(pixels))
     nothing = "" if largest else "\nno evidence for it"
-    axis.set_title(f"{shorten(each.label, _LABEL)} {each.probability:.1%}{nothing}", fontsize=8)
+    label = each.label if len(each.label) <= _LABEL else each.label[: _LABEL - 1] + "…"
+    axis.set_title(f"{label} ({each.probability:.1%}){nothing}", fontsize=8)
