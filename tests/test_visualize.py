@@ -158,6 +158,7 @@ BAD = {
     "attention {}/one.png --block 1": "--block 1: stage 0 has blocks 0 to 0",
     "attention {}/one.png --token 64 0": "--token 64 0: is not in the image of 64 x 64 pixels",
     "attention {}/one.png --token -1 0": "--token -1 0: -1 is neither a pixel's number nor a share",
+    "attention {}/one.png --dpi 0": "--dpi 0: give at least 1",
     "attention {}/one.png --size big": "'big' is neither a number of pixels nor 'own'",
     "cam {}/one.png --class bee": "--class bee: is no class; name one such as tench, Tinca tinca, ant, 7, or 0 to 2",
     "cam {}/one.png --class 3": "--class 3: is no class",
@@ -249,16 +250,18 @@ def trained(folder):
 
 def test_grad_cam_is_the_stages_output_weighted_by_its_mean_gradients(trained):
     image = torch.randn(1, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    network = trained.network
-    for stage, number in [(1, 0), (2, 2), (3, 1)]:
+    network, least = trained.network, 0.0
+    for stage, number in [(1, 0), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)]:
         kept = []
         hook = network.stages[stage].register_forward_hook(lambda _stage, _in, out, kept=kept: kept.append(out))
         logit = network(image)[0, number]
         hook.remove()
         (gradient,) = torch.autograd.grad(logit, kept[0])
-        wanted = (gradient.mean((2, 3), keepdim=True) * kept[0]).sum(1, keepdim=True).relu().detach()
-        found = grad_cam(network, image, number, stage)
-        torch.testing.assert_close(found, torch.nn.functional.interpolate(wanted, (64, 96), mode="bilinear")[0, 0])
+        evidence = (gradient.mean((2, 3), keepdim=True) * kept[0]).sum(1, keepdim=True).detach()
+        wanted = torch.nn.functional.interpolate(evidence.relu(), (64, 96), mode="bilinear")[0, 0]
+        torch.testing.assert_close(grad_cam(network, image, number, stage), wanted)
+        least = min(least, float(evidence.min()))
+    assert least < 0  # so that something is cut off
 
 
 def test_fields_are_averaged_over_images_and_networks_stay_apart(trained, folder):

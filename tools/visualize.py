@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from tools.visualizing.attention import add_attention_arguments, draw_attention  # noqa: E402
 from tools.visualizing.class_activation import add_cam_arguments, draw_cam  # noqa: E402
-from tools.visualizing.figures import check_output  # noqa: E402
+from tools.visualizing.figures import check_figure  # noqa: E402
 from tools.visualizing.receptive_field import add_receptive_field_arguments, draw_receptive_field  # noqa: E402
 from utils.cli import Parser, run  # noqa: E402
 from utils.dist import choose_device  # noqa: E402
@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
         kind.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
         kind.set_defaults(draw=draw)
     arguments = parser.parse_args()
-    check_output(arguments.output)
+    check_figure(arguments.output, arguments.dpi)
     return arguments
 
 

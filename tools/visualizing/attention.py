@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from models.attention_maps import AttentionMap, attention_maps
-from tools.visualizing.figures import add_output_argument, bare, extent_of, outline, save_figure, show_image
+from tools.visualizing.figures import add_figure_arguments, bare, extent_of, outline, save_figure, show_image
 from tools.visualizing.inputs import Inputs, add_size_argument
 from tools.visualizing.stages import choose_blocks
 from utils.cli import Parser
@@ -44,7 +44,7 @@ def add_attention_arguments(parser: Parser) -> None:
         help="their blocks, from 0, 'last' or 'all' (default: last)",
     )
     add_size_argument(parser)
-    add_output_argument(parser)
+    add_figure_arguments(parser)
 
 
 def draw_attention(trained: Trained, arguments: argparse.Namespace, device: torch.device) -> list[str]:
@@ -61,7 +61,7 @@ def draw_attention(trained: Trained, arguments: argparse.Namespace, device: torc
     pixels = inputs.read(arguments.image)
     place = place_of(arguments.token, tuple(pixels.shape[1:]))
     maps = attention_maps(trained.network, inputs.batch([pixels]), place, blocks)
-    save_figure(attention_figure(pixels, maps), arguments.output)
+    save_figure(attention_figure(pixels, maps), arguments.output, arguments.dpi)
     return [f"{name_of(each)}: token {each.token} of {shape_of(each)}" for each in maps]
 
 
@@ -121,9 +121,7 @@ def attention_figure(pixels: Tensor, maps: Sequence[AttentionMap]) -> Figure:
         axis.set_title(f"head {head}\n{contents}", fontsize=8)
     scale = figure.colorbar(ScalarMappable(Normalize(-1, 1), _COLOURS), ax=axes, aspect=40, pad=0.01, ticks=[-1, 0, 1])
     scale.ax.set_yticklabels(["-max", "0", "max"], fontsize=7)
-    figure.supxlabel(
-        "colours: weights, in each panel up to its largest, written below it (±); Σ: their sum", fontsize=7
-    )
+    scale.set_label("weight; max: ± below each panel", fontsize=7)
     return figure
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.groupmixformer import GroupMixFormer
-from tools.visualizing.figures import add_output_argument, extent_of, save_figure, show_image
+from tools.visualizing.figures import add_figure_arguments, extent_of, save_figure, show_image
 from tools.visualizing.inputs import Inputs, add_size_argument
 from tools.visualizing.stages import check_stage
 from utils.cli import Parser
@@ -58,7 +58,7 @@ def add_cam_arguments(parser: Parser) -> None:
         "--stage", type=int, metavar="S", help="stage whose output is looked at, from 0 (default: the last)"
     )
     add_size_argument(parser)
-    add_output_argument(parser)
+    add_figure_arguments(parser)
 
 
 def draw_cam(trained: Trained, arguments: argparse.Namespace, device: torch.device) -> list[str]:
@@ -79,7 +79,7 @@ def draw_cam(trained: Trained, arguments: argparse.Namespace, device: torch.devi
         activations(trained, inputs.batch([pixels]), numbers, stage)
         for pixels in tqdm(images, "Grad-CAM", unit=" images", disable=None)
     ]
-    save_figure(cam_figure(images, found, stage), arguments.output)
+    save_figure(cam_figure(images, found, stage), arguments.output, arguments.dpi)
     return [
         f"{path}: " + ", ".join(f"{each.label} ({each.probability:.1%})" for each in of_image)
         for path, of_image in zip(arguments.images, found, strict=True)

@@ -12,32 +12,32 @@ from utils.cli import Parser, check_report
 from utils.errors import UserError
 
 _FORMATS = (".png", ".pdf", ".svg")
-_DPI = 160  # of PNG files, and of what is no vector in others
 _EDGE = 0.04  # inches around a figure
 
 
-def add_output_argument(parser: Parser) -> None:
-    """Adds --output, which `check_output` checks."""
+def add_figure_arguments(parser: Parser) -> None:
+    """Adds --output and --dpi, which `check_figure` checks."""
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help=f"{', '.join(_FORMATS)}: the figure")
+    parser.add_argument("--dpi", type=int, default=160, metavar="N", help="pixels of a PNG on an inch (default 160)")
 
 
-def check_output(path: Path) -> None:
+def check_figure(path: Path, dpi: int) -> None:
     """Refuses a figure that cannot be written, before it is drawn.
 
     Raises:
-        UserError: If it is in no folder, or of no known format.
+        UserError: If it is in no folder, or of no known format, or of less than a pixel on an inch.
     """
     check_report(path, "--output")
     if path.suffix.lower() not in _FORMATS:
         raise UserError(f"--output {path}: name a file that ends in {', '.join(_FORMATS)}")
+    if dpi < 1:
+        raise UserError(f"--dpi {dpi}: give at least 1")
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
     """Writes a figure in the format of the file's ending, whole or not at all."""
-    kind = path.suffix.lower().removeprefix(".")
-    write_beside(
-        path, lambda beside: figure.savefig(beside, format=kind, dpi=_DPI, bbox_inches="tight", pad_inches=_EDGE)
-    )
+    style = {"format": path.suffix.lower().removeprefix("."), "bbox_inches": "tight", "pad_inches": _EDGE}
+    write_beside(path, lambda beside: figure.savefig(beside, dpi=dpi, **style))
 
 
 def show_image(axis: Axes, pixels: Tensor) -> None:

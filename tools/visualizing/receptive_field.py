@@ -13,7 +13,7 @@ from tqdm import tqdm
 from models.build import build_model
 from models.groupmixformer import GroupMixFormer
 from models.receptive_fields import middle_pixel, receptive_fields, square_around
-from tools.visualizing.figures import add_output_argument, bare, extent_of, outline, save_figure
+from tools.visualizing.figures import add_figure_arguments, bare, extent_of, outline, save_figure
 from tools.visualizing.inputs import Inputs, add_size_argument, image_files
 from tools.visualizing.stages import check_stage
 from utils.cli import Parser
@@ -38,7 +38,7 @@ def add_receptive_field_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--untrained", action="store_true", help="beside the same network with fresh weights")
     add_size_argument(parser)
-    add_output_argument(parser)
+    add_figure_arguments(parser)
 
 
 def draw_receptive_field(trained: Trained, arguments: argparse.Namespace, device: torch.device) -> list[str]:
@@ -62,7 +62,7 @@ def draw_receptive_field(trained: Trained, arguments: argparse.Namespace, device
         networks["fresh weights"] = build_model(trained.config, trained.network.num_classes).eval().to(device)
     fields = average_fields(list(networks.values()), stages, files, Inputs(trained.config, arguments.size, device))
     middles = [middle_pixel(fields.shape[2:], trained.network.feature_info[stage]["reduction"]) for stage in stages]
-    save_figure(field_figure(fields, list(networks), stages, middles), arguments.output)
+    save_figure(field_figure(fields, list(networks), stages, middles), arguments.output, arguments.dpi)
     return table(fields, list(networks), stages, middles, len(files))
 
 
