@@ -111,8 +111,8 @@ def attention_figure(pixels: Tensor, maps: Sequence[AttentionMap]) -> Figure:
         for axis, weights in zip(row[1:], each.weights.cpu(), strict=True):
             largest = float(weights.abs().max())
             limit = largest or 1.0
-            axis.imshow(weights.numpy(), cmap=_COLOURS, vmin=-limit, vmax=limit, extent=extent_of(pixels))
-            axis.images[0].set_interpolation("nearest")
+            place = {"extent": extent_of(pixels), "interpolation": "nearest"}
+            axis.imshow(weights.numpy(), cmap=_COLOURS, vmin=-limit, vmax=limit, **place)
             bare(axis)
             outline(axis, box, edgecolor="black", linewidth=0.8)
             axis.set_xlabel(f"±{largest:.2g}   Σ {float(weights.sum()):.2g}", fontsize=7, labelpad=2)
@@ -132,7 +132,7 @@ def _cell(each: AttentionMap, height: int, width: int) -> tuple[float, float, fl
 
 
 def name_of(each: AttentionMap) -> str:
-    """The block as the network's modules call it, but for the attention."""
+    """Which block it is, in words."""
     return f"stage {each.stage}, block {each.block}"
 
 

@@ -106,8 +106,8 @@ def field_figure(
         row[0].set_ylabel(name, fontsize=9)
         for axis, stage, middle, field in zip(row, stages, middles, of_network, strict=True):
             shown = (field / field.max()).clamp(min=_FLOOR).numpy()
-            image = axis.imshow(shown, cmap=_COLOURS, norm=LogNorm(_FLOOR, 1), extent=extent_of(field))
-            image.set_interpolation("nearest")
+            place = {"extent": extent_of(field), "interpolation": "nearest"}
+            image = axis.imshow(shown, cmap=_COLOURS, norm=LogNorm(_FLOOR, 1), **place)
             bare(axis)
             sides = []
             for share, style in zip(SHARES, _STYLES, strict=True):
