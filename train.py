@@ -27,6 +27,7 @@ def main() -> None:
 
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from models.build import build_model
+    from utils.classification import classification
     from utils.dist import world
     from utils.logger import setup_logging
     from utils.optim import choose_precision, choose_scoring_precision
@@ -37,7 +38,7 @@ def main() -> None:
     with world(config.DEVICE, config.RANK_TIMEOUT) as here:
         setup_logging(here.is_main)
         if config.EVAL_MODE:
-            score, _ = score_weights(config, here, choose_scoring_precision(config, here.device, _log.info))
+            score = score_weights(config, here, choose_scoring_precision(config, here.device, _log.info)).score
             _log.info(f" * Acc@1 {score.acc1:.3f} Acc@5 {score.acc5:.3f}")
             return
         precision = choose_precision(config, here.device, _log.info)
@@ -45,7 +46,7 @@ def main() -> None:
             network = build_model(config, config.MODEL.GMA.NUM_CLASSES)
             _log.info(throughput_line(network, config, here.device, precision))
         else:
-            train(config, here, precision)
+            train(config, here, precision, classification())
 
 
 if __name__ == "__main__":
