@@ -1,9 +1,7 @@
 """Entry points of `torch.hub.load(REPOSITORY, name, source="local", trust_repo=True)`.
 
-    model = torch.hub.load(".", "groupmixformer_small", source="local", trust_repo=True, num_classes=10)
-    model = torch.hub.load(".", "trained", "best.pth", source="local", trust_repo=True)
-
-`torch.hub.list(".", source="local", trust_repo=True)` names them all.
+model = torch.hub.load(".", "groupmixformer_small", source="local", trust_repo=True, num_classes=10)
+model = torch.hub.load(".", "trained", "best.pth", source="local", trust_repo=True)
 """
 
 import pathlib

@@ -19,8 +19,8 @@ def capture(network: Deployed, in_chans: int, for_inductor: bool = False) -> Exp
     Args:
         network: In evaluation mode.
         in_chans: Channels of its images.
-        for_inductor: Whether inductor compiles the graph: it asks for a size that the others must not know, to lay
-            tensors out by, and does without the bounds that follow from it.
+        for_inductor: Whether inductor compiles the graph. It lays tensors out by whether a size is 1, so it is told
+            that none is; its code is right for 1 too, and does not look.
 
     Raises:
         UserError: If torch cannot trace it.

@@ -1,5 +1,6 @@
 """A model card, of nothing but what a checkpoint tells."""
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -103,7 +104,8 @@ def _weights(trained: Trained) -> dict[str, Any]:
 
 def _recipe(trained: Trained) -> dict[str, Any]:
     config, progress = trained.config, trained.state["progress"]
-    train, aug = config.TRAIN, config.AUG
+    data, train, aug = config.DATA, config.TRAIN, config.AUG
+    clipping = f", gradients clipped at a norm of {train.CLIP_GRAD}" if train.CLIP_GRAD else ""
     versions = trained.state.get("versions") or {}
     on = {
         "automatic augmentation": aug.AUTO_AUGMENT if aug.AUTO_AUGMENT != "none" else "",
@@ -116,12 +118,9 @@ def _recipe(trained: Trained) -> dict[str, Any]:
         "drop path": config.MODEL.GMA.DROP_PATH_RATE,
     }
     return {
-        "Data": f"{len(trained.classes)} classes, split `{config.DATA.TRAIN_SPLIT}`" if trained.classes else "",
-        "Started from": config.MODEL.PRETRAINED and f"the weights of {config.MODEL.PRETRAINED.rpartition('/')[2]}",
-        "Optimizer": f"{train.OPTIMIZER.NAME}, weight decay {train.WEIGHT_DECAY}, gradients clipped at "
-        f"{train.CLIP_GRAD}"
-        if train.CLIP_GRAD
-        else f"{train.OPTIMIZER.NAME}, weight decay {train.WEIGHT_DECAY}",
+        "Data": f"`{Path(data.DATA_PATH).name}`, split `{data.TRAIN_SPLIT}`",
+        "Started from": Path(config.MODEL.PRETRAINED).name,
+        "Optimizer": f"{train.OPTIMIZER.NAME}, weight decay {train.WEIGHT_DECAY}{clipping}",
         "Learning rate": f"{train.BASE_LR} for 512 images an update, {train.LR_SCHEDULER.NAME}, "
         f"{train.WARMUP_EPOCHS} epochs of warm-up, over {train.EPOCHS} epochs",
         "Images of an update": f"{progress['images_per_update']} on {progress['ranks']} process(es)",

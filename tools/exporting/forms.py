@@ -28,16 +28,17 @@ class Form:
     refusal: str
 
 
+_TRACER = "torch.fx.experimental.dynamic_spec"  # newer than what the rest of the code asks of torch
 FORMS = {
     "onnx": Form(
         ".onnx",
         ("fp32", "int8"),
         True,
-        ("onnx", "onnxscript", "onnxruntime"),
+        (_TRACER, "onnx", "onnxscript", "onnxruntime"),
         "onnxruntime has no bf16 convolution for CPUs: use int8, or --form torch-export",
     ),
-    "torch-export": Form(".pt2", ("fp32", "bf16"), True, (), "int8 is made by onnxruntime: use --form onnx"),
-    "aoti": Form(".pt2", ("fp32", "bf16"), True, (), "int8 is made by onnxruntime: use --form onnx"),
+    "torch-export": Form(".pt2", ("fp32", "bf16"), True, (_TRACER,), "int8 is made by onnxruntime: use --form onnx"),
+    "aoti": Form(".pt2", ("fp32", "bf16"), True, (_TRACER,), "int8 is made by onnxruntime: use --form onnx"),
     "timm": Form("", ("fp32",), False, (), "timm loads fp32 weights: leave --precision out"),
 }
 

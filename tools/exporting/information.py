@@ -1,7 +1,6 @@
 """What a file tells about itself: how to make its input, and what its answers mean."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from data.transforms import eval_settings
@@ -19,7 +18,7 @@ def information(trained: Trained, fused: bool, precision: str) -> dict[str, str]
     data, settings = trained.config.DATA, eval_settings(trained.config)
     values: dict[str, Any] = {
         "name": trained.config.MODEL.NAME,
-        "checkpoint": Path(trained.source).name,
+        "checkpoint": trained.source.name,
         "weights": "moving average" if trained.is_ema else "trained",
         "precision": precision,
         "fused": fused,

@@ -15,7 +15,6 @@ from utils.trained import Trained
 
 _VARIANTS = "groupmixformer_*"
 _OTHERWISE = "groupmixformer_small"  # the entry point that takes any dims
-_PUBLISHED_CLASSES = 1000
 
 
 def variant_of(network: GroupMixFormer) -> str | None:
@@ -28,11 +27,16 @@ def variant_of(network: GroupMixFormer) -> str | None:
     return None
 
 
-def hub_config(trained: Trained) -> dict[str, Any]:
-    """What config.json holds, in the form of timm's hub."""
+def hub_config(trained: Trained, variant: str | None) -> dict[str, Any]:
+    """What config.json holds, in the form of timm's hub.
+
+    Args:
+        trained: The classifier.
+        variant: The registered network that it is, or None.
+    """
     config, network = trained.config, trained.network
     gma, data = config.MODEL.GMA, config.DATA
-    architecture = variant_of(network) or _OTHERWISE
+    architecture = variant or _OTHERWISE
     arguments = {
         "in_chans": network.in_chans,
         "embed_dims": gma.EMBEDDING_DIMS,
@@ -55,11 +59,9 @@ def hub_config(trained: Trained) -> dict[str, Any]:
         "num_classes": network.num_classes,
     }
     pretrained.pop("architecture", None)
-    names = trained.classes or (trained.labels if network.num_classes == _PUBLISHED_CLASSES else None)
-    labels = {}
-    if names:
-        labels["label_names"] = names
-        labels["label_descriptions"] = dict(zip(names, trained.labels, strict=True))
+    labels: dict[str, Any] = {"label_names": trained.classes or trained.labels}
+    if trained.classes and trained.classes != trained.labels:
+        labels["label_descriptions"] = dict(zip(trained.classes, trained.labels, strict=True))
     return {
         "architecture": architecture,
         "num_classes": network.num_classes,
@@ -80,10 +82,11 @@ def write_folder(trained: Trained, folder: Path, licence: str | None) -> None:
         licence: Of the weights, by the hub's name for it, or None.
     """
     folder.mkdir()
+    variant = variant_of(trained.network)
     weights = {name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(hub_config(trained), indent=2) + "\n")
-    (folder / "README.md").write_text(model_card(trained, variant_of(trained.network), licence))
+    (folder / "config.json").write_text(json.dumps(hub_config(trained, variant), indent=2) + "\n")
+    (folder / "README.md").write_text(model_card(trained, variant, licence))
 
 
 def open_folder(folder: Path) -> Run:

@@ -20,7 +20,12 @@ def write_program(program: ExportedProgram, path: Path, information: dict[str, s
 
 def open_program(path: Path) -> Run:
     """Reads a captured network back."""
-    return torch.export.load(path).module()
+    module = torch.export.load(path).module()
+
+    def run(images: Tensor) -> Tensor:  # the module itself refuses to be set to evaluation, which it is in for good
+        return module(images)
+
+    return run
 
 
 def write_compiled(program: ExportedProgram, path: Path, information: dict[str, str]) -> None:
