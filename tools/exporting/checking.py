@@ -21,7 +21,7 @@ def sizes_to_check(size: int) -> list[tuple[int, int, int]]:
 
 
 def check_answers(run: Run, network: nn.Module, in_chans: int, size: int, tolerance: float) -> float:
-    """Compares a file's answers with the network's, on noise of three sizes and numbers of images.
+    """Compares a file's answers with the network's, on noise of three sizes and numbers of images, in both layouts.
 
     Args:
         run: Runs the file.
@@ -39,6 +39,8 @@ def check_answers(run: Run, network: nn.Module, in_chans: int, size: int, tolera
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for batch, height, width in sizes_to_check(size):
         images = torch.randn(batch, in_chans, height, width, generator=generator)
+        if batch > 1:  # as loaders give them
+            images = images.to(memory_format=torch.channels_last)
         with torch.inference_mode():
             wanted, given = network(images), run(images)
         where = f"on {batch} image(s) of {height} x {width}"

@@ -42,10 +42,13 @@ def write_compiled(program: ExportedProgram, path: Path, information: dict[str, 
 
 
 def open_compiled(path: Path) -> Run:
-    """Loads compiled code; it takes images that lie as [B, C, H, W] in memory, and asks for no other strides."""
+    """Loads compiled code, which asks for images that lie as [B, C, H, W] in memory, and does not look.
+
+    Their strides must say so too, which those of grey images need not after `contiguous`: hence the copy.
+    """
     package = torch._inductor.aoti_load_package(str(path))
 
     def run(images: Tensor) -> Tensor:
-        return package(images.contiguous())
+        return package(images.clone(memory_format=torch.contiguous_format))
 
     return run
