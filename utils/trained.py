@@ -73,7 +73,7 @@ def load_trained(source: Path, cfg: Path | None = None, weights: str = "auto") -
             fit the configuration.
     """
     state = checkpoint.load(source)
-    config = _config_of(state, source) if cfg is None else load_config(cfg)
+    config = saved_config(state, source) if cfg is None else load_config(cfg)
     try:
         check(config)
     except UserError as error:
@@ -109,8 +109,12 @@ def weights_name(state: Mapping[str, Any], source: Path, weights: str) -> str:
     return "ema"
 
 
-def _config_of(state: dict[str, Any], source: Path) -> CfgNode:
+def saved_config(state: Mapping[str, Any], source: Path) -> CfgNode:
     """The configuration that a checkpoint was trained with; keys that are newer than it have their defaults.
+
+    Args:
+        state: The checkpoint.
+        source: Its file, for errors.
 
     Raises:
         UserError: If it holds none that this code knows.
