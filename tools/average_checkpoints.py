@@ -26,13 +26,13 @@ from torch import Tensor  # noqa: E402
 
 from data.build import build_eval_data  # noqa: E402
 from models.build import load_weights  # noqa: E402
-from tools.averaging import greedy, in_words, look, uniform  # noqa: E402
+from tools.averaging import greedy, look, uniform  # noqa: E402
 from utils import checkpoint  # noqa: E402
 from utils.cli import Parser, check_report, run  # noqa: E402
 from utils.dist import World, choose_device  # noqa: E402
 from utils.engine import evaluate  # noqa: E402
 from utils.errors import UserError, listing  # noqa: E402
-from utils.metrics import Score  # noqa: E402
+from utils.metrics import Score, describe  # noqa: E402
 from utils.optim import Precision, memory_format  # noqa: E402
 from utils.trained import Trained, load_trained  # noqa: E402
 
@@ -140,7 +140,7 @@ def main() -> None:
         "averaged": record,
     }
     checkpoint.save(state, arguments.output)
-    scored = f", {in_words(reached)}" if score else ""
+    scored = f", {describe(reached)}" if score else ""
     print(f"{arguments.output}: the mean of {mean.count} of {len(found)} checkpoints{scored}")
 
 

@@ -17,7 +17,7 @@ from models.published import from_published, is_published
 from utils import checkpoint
 from utils.config import lookup
 from utils.errors import UserError, listing
-from utils.metrics import Score
+from utils.metrics import Score, describe
 from utils.trained import saved_config, weights_name
 
 # What the tensors do not tell of a network, and of the images that it takes.
@@ -208,7 +208,7 @@ def greedy(
     scores = []
     for one in found:
         scores.append(score(read_weights(checkpoint.load(one.path), one.name)))
-        print(f"{one.path}: {in_words(scores[-1])}", flush=True)
+        print(f"{one.path}: {describe(scores[-1])}", flush=True)
     ranked = sorted(zip(found, scores, strict=True), key=lambda pair: -pair[1].correct1)  # ties in the order given
     best, reached = ranked[0]
     mean, taken = Mean.of(read_weights(checkpoint.load(best.path), best.name)), [best]
@@ -217,13 +217,8 @@ def greedy(
         tried = mean.plus(read_weights(checkpoint.load(one.path), one.name))
         with_it = score(tried.weights())
         is_taken = with_it.correct1 >= reached.correct1
-        print(f"with {one.path}: {in_words(with_it)}, {'taken' if is_taken else 'left out'}", flush=True)
+        print(f"with {one.path}: {describe(with_it)}, {'taken' if is_taken else 'left out'}", flush=True)
         if is_taken:
             mean, reached = tried, with_it
             taken.append(one)
     return mean, taken, reached
-
-
-def in_words(score: Score) -> str:
-    """The accuracies, as test.py prints them."""
-    return f"Acc@1 {score.acc1:.3f} Acc@5 {score.acc5:.3f}"
