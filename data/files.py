@@ -41,13 +41,14 @@ def find_images(places: Sequence[Path]) -> list[Path]:
                 continue
             if not place.exists():
                 raise UserError(f"{place} does not exist: name images, or folders that hold some")
-            names = [Path(folder, name) for folder, _, files in os.walk(place, True, _refuse, True) for name in files]
+            walk = os.walk(place, onerror=_refuse, followlinks=True)
+            inside = sorted(Path(folder, name) for folder, _, names in walk for name in names)
         except OSError as error:
             raise UserError(f"{place} cannot be read ({reason(error)}): mend it or leave it out") from None
-        inside = sorted(path for path in names if path.suffix.lower() in suffixes)
-        if not inside:
+        images = [path for path in inside if path.suffix.lower() in suffixes]
+        if not images:
             raise UserError(f"{place} holds no images: name images, or folders that hold some")
-        found += inside
+        found += images
     return list(dict.fromkeys(found))
 
 
