@@ -27,6 +27,7 @@ def main() -> None:
 
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from models.build import build_model
+    from utils.classification import classification
     from utils.dist import world
     from utils.logger import setup_logging
     from utils.optim import choose_precision, choose_scoring_precision
@@ -45,7 +46,7 @@ def main() -> None:
             network = build_model(config, config.MODEL.GMA.NUM_CLASSES)
             _log.info(throughput_line(network, config, here.device, precision))
         else:
-            train(config, here, precision)
+            train(config, here, precision, classification())
 
 
 if __name__ == "__main__":

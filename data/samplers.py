@@ -61,6 +61,42 @@ class TrainBatchSampler(Sampler[list[SampleKey]]):
         return index, number_for(self._seed, "augment", self.epoch, index, copy)
 
 
+class EndlessBatchSampler(TrainBatchSampler):
+    """As `TrainBatchSampler`, with epochs of so many micro-batches, however often they pass over the data.
+
+    Every pass has an order of its own, and goes on where the epoch before it ended.
+
+    Args:
+        length: Samples in the data set.
+        batches: Micro-batches of an epoch.
+        batch_size: Samples of a micro-batch on each rank.
+        rank: This rank.
+        ranks: Number of ranks.
+        seed: The run's seed.
+    """
+
+    def __init__(self, length: int, batches: int, batch_size: int, rank: int, ranks: int, seed: int) -> None:
+        super().__init__(length, batch_size, rank, ranks, seed)
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return self._batches if self._length else 0
+
+    def _order(self, epoch: int) -> list[int]:
+        places = len(self) * self._batch_size * self._ranks
+        first_pass, skipped = divmod(epoch * places, max(self._length, 1))
+        order: list[int] = []
+        while len(order) < skipped + places:
+            order += super()._order(first_pass)
+            first_pass += 1
+        return order[skipped : skipped + places]
+
+    def _key(self, order: list[int], place: int) -> SampleKey:
+        index, before = order[place], self.epoch * len(order)
+        passes = (before + place) // self._length
+        return index, number_for(self._seed, "augment", passes, index)
+
+
 class EvalSampler(Sampler[int]):
     """Every rank-th sample from this rank's number on: each sample on exactly one rank, none twice."""
 

@@ -42,7 +42,7 @@ def build_model(config: CfgNode, num_classes: int) -> GroupMixFormer:
     return model
 
 
-def load_weights(model: GroupMixFormer, state_dict: Mapping[str, Tensor], source: str) -> None:
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
     """Loads weights of either naming; every tensor must be there, have its shape, and none be left over.
 
     Raises:

@@ -596,10 +596,12 @@ def test_differences_name_the_key_and_both_values():
     assert differences(default_config(), saved) == ["AUG.SCALE: [0.2, 1.0] -> [0.08, 1.0]", "SEED: 3 -> 0"]
 
 
-def test_differences_show_a_key_that_was_not_saved():
+def test_a_key_that_is_newer_than_a_saved_configuration_had_its_default():
     saved = yaml.safe_load(default_config().dump())
     del saved["TRAIN"]["EMA_DECAY"]
-    assert differences(default_config(), yaml.safe_dump(saved)) == ["TRAIN.EMA_DECAY: None -> 0.0"]
+    text = yaml.safe_dump(saved)
+    assert differences(default_config(), text) == []
+    assert differences(configured(TRAIN__EMA_DECAY=0.5), text) == ["TRAIN.EMA_DECAY: 0.0 -> 0.5"]
 
 
 # Checks

@@ -10,7 +10,12 @@ from helpers_unit import ROOT
 PACKAGES = ("utils", "models", "data", "tools", "segmentation", "detection")
 # Given built objects, above models and data.
 LOOPS = {"utils.engine", "utils.report", "utils.resume", "utils.scoring", "utils.trained"}
-RUNS = {"utils.keeper", "utils.trainer"}  # above the loops, which they run and watch over
+RUNS = {
+    "utils.classification",
+    "utils.keeper",
+    "utils.task",
+    "utils.trainer",
+}  # above the loops, which they run and watch over
 SCRIPTS, RUN, LOOP, PARTS, LEAVES = 5, 4, 3, 2, 1
 
 

@@ -5,8 +5,10 @@ import math
 import re
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 from unittest import mock
 
 import helpers_unit
@@ -19,10 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from data.build import EvalData
 from utils import checkpoint
 from utils.broken import BrokenImages
+from utils.classification import classification
 from utils.dist import World, world
 from utils.engine import train_one_epoch
 from utils.errors import NotFiniteError, Stopped, UserError
 from utils.keeper import Keeper
+from utils.logger import read_metrics
 from utils.metrics import Score
 from utils.progress import Progress
 from utils.resume import Found, state_of
@@ -60,7 +64,7 @@ def keeper_of(folder, training, config=None, signal=0, skip_broken=False):
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch):
-    monkeypatch.setattr("utils.keeper.draw_curves", lambda folder, updates_per_epoch: None)
+    monkeypatch.setattr("utils.keeper.draw_curves", lambda folder, updates_per_epoch, measures: None)
 
 
 @pytest.fixture
@@ -183,6 +187,30 @@ def test_the_best_epoch_is_that_of_the_moving_average_where_there_is_one(tmp_pat
     assert checkpoint.load(tmp_path / "last.pth")["best"] == keeper.best
 
 
+def test_a_task_is_scored_and_logged_by_its_own_measures(tmp_path, caplog):
+    """The first of them chooses the best epoch."""
+
+    @dataclass(frozen=True)
+    class OfAnother:
+        measures: ClassVar = {"overlap": "Overlap", "edges": "Edges"}
+        images: int
+        overlap: float
+        edges: float
+        loss: float = math.nan
+
+    caplog.set_level("INFO")
+    training = training_of()
+    keeper = keeper_of(tmp_path, training)
+    for overlap in (40.0, 60.0, 50.0):
+        keeper.on_epoch({"model": OfAnother(8, 0.0, 99.0), "ema": OfAnother(8, overlap, 100 - overlap)})
+    keeper.wait()
+    assert keeper.best == {"epoch": 1, "of": "ema", "overlap": 60.0}
+    assert " * EMA Overlap 60.000 Edges 40.000" in caplog.messages
+    assert caplog.messages[-1] == "best so far: Overlap 60.000 after 2 epochs"
+    line = read_metrics(tmp_path / "metrics.jsonl")[1]
+    assert (line["ema_overlap"], line["edges"], line["ema_loss"]) == (60.0, 99.0, None)
+
+
 def test_only_rank_0_writes(tmp_path):
     training = training_of(here=World(1, 2, CPU))
     keeper = keeper_of(tmp_path, training, config_with(TRAIN__SAVE_UPDATES=1))
@@ -288,7 +316,7 @@ def test_a_signal_during_the_evaluation_keeps_the_whole_epoch(tmp_path, saved):
     keeper = keeper_of(tmp_path, training)
     keeper.asked_to_stop = lambda: 15
     with pytest.raises(Stopped):
-        run_epochs(config_with(), training, FakeData(), EVAL_DATA, keeper)
+        run_epochs(config_with(), classification(), training, FakeData(), EVAL_DATA, keeper)
     assert saved == [(0, PLACES)]
 
 
@@ -317,7 +345,7 @@ def run(folder, training, config):
     if config.TRAIN.ON_NONFINITE == "skip":
         keeper.save()
     try:
-        run_epochs(config, training, FakeData(), EVAL_DATA, keeper)
+        run_epochs(config, classification(), training, FakeData(), EVAL_DATA, keeper)
     finally:
         keeper.close()
     return keeper
@@ -395,7 +423,7 @@ def test_a_run_that_skips_has_something_to_go_back_to_wherever_it_began(tmp_path
     folder, data = tmp_path / "run", SimpleNamespace(images=24, classes=None)
     folder.mkdir()
     keeper = open_run(config, training, data, folder, found, SimpleNamespace(asked=int))
-    run_epochs(config, training, FakeData(), EVAL_DATA, keeper)
+    run_epochs(config, classification(), training, FakeData(), EVAL_DATA, keeper)
     assert training.progress.skip == [(0, 1)]
 
 

@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 from utils.curves import draw_curves
 from utils.errors import UserError
 from utils.logger import MetricsLog, read_metrics, setup_logging
+from utils.metrics import Score
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_every_line_is_json_also_where_a_number_is_none(tmp_path):
     log.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"update": 1, "loss": 0.5, "grad_norm": None, "lr": None}
-    draw_curves(tmp_path, 1)
+    draw_curves(tmp_path, 1, Score.measures)
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
@@ -287,7 +288,7 @@ class FullFile:
 def drawn(folder, lines, updates_per_epoch=2):
     """Draws lines, and returns the picture."""
     (folder / "metrics.jsonl").write_text("".join(json.dumps(values) + "\n" for values in lines))
-    draw_curves(folder, updates_per_epoch)
+    draw_curves(folder, updates_per_epoch, Score.measures)
     with Image.open(folder / "curves.png") as image:
         assert image.format == "PNG"
         return image.convert("RGB")
@@ -348,7 +349,7 @@ def test_any_metrics_can_be_drawn(tmp_path, lines):
 
 
 def test_a_run_without_metrics_can_be_drawn(tmp_path):
-    draw_curves(tmp_path, 3)
+    draw_curves(tmp_path, 3, Score.measures)
     Image.open(tmp_path / "curves.png").verify()
 
 
@@ -356,7 +357,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
     first = drawn(tmp_path, RUN[:3])
     monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", disk_full)
     with pytest.raises(UserError, match=r"curves\.png cannot be written \(.*No space left on device\)"):
-        draw_curves(tmp_path, 2)
+        draw_curves(tmp_path, 2, Score.measures)
     with Image.open(tmp_path / "curves.png") as image:
         assert image.convert("RGB").tobytes() == first.tobytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]

@@ -222,6 +222,32 @@ def test_step_falls_by_its_rate_every_so_many_epochs(epochs, warmup, steps_per_e
     assert scheduled(config, steps) == pytest.approx(literal_rates(config, steps, batch, accumulation, falling))
 
 
+@given(milestones=st.lists(st.integers(1, 12), min_size=1, max_size=4, unique=True).map(sorted))
+@examples(40)
+def test_multistep_falls_by_its_rate_at_the_first_update_after_each_milestone(milestones):
+    values = {"TRAIN__LR_SCHEDULER__MILESTONES": milestones, "TRAIN__LR_SCHEDULER__DECAY_RATE": 0.1}
+    config, steps = shaped("multistep", 12, 0, 7, 2, 64, **values)
+
+    def falling(update, total, base, least):
+        return base * 0.1 ** sum(update >= milestone * steps.updates_per_epoch for milestone in milestones)
+
+    assert scheduled(config, steps) == pytest.approx(literal_rates(config, steps, 64, 2, falling))
+
+
+def test_warm_up_can_be_told_in_updates():
+    config, steps = shaped("linear", 4, 1, 5, 1, 512, TRAIN__WARMUP_UPDATES=3)
+    rates = scheduled(config, steps)
+    low, high = config.TRAIN.WARMUP_LR, config.TRAIN.BASE_LR
+    assert rates[:3] == pytest.approx([low, low + (high - low) / 3, low + 2 * (high - low) / 3])
+    assert rates[3] > rates[4] > rates[-1]
+    assert rates[3] == pytest.approx(config.TRAIN.MIN_LR + (high - config.TRAIN.MIN_LR) * 17 / 20)
+
+
+def test_rates_are_for_an_update_of_as_many_images_as_configured():
+    assert learning_rate_scale(configured(DATA__BATCH_SIZE=2, TRAIN__LR_BATCH=16), 8) == 1.0
+    assert learning_rate_scale(configured(DATA__BATCH_SIZE=2, TRAIN__LR_BATCH=16), 4) == 0.5
+
+
 @pytest.mark.parametrize("name", ["cosine", "linear", "step"])
 def test_every_schedule_keeps_the_layers_proportions(name):
     config, steps = shaped(name, 4, 1, 5, 1, 64, TRAIN__LAYER_DECAY=0.7)

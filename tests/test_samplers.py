@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from data.samplers import EvalSampler, TrainBatchSampler
+from data.samplers import EndlessBatchSampler, EvalSampler, TrainBatchSampler
 
 SPLITS = [(1, 8), (2, 4), (4, 2), (8, 1)]  # (ranks, batch size of each) of one global batch of 8
 
@@ -198,3 +198,44 @@ def test_evaluation_gives_each_sample_to_exactly_one_rank(length, ranks):
 @pytest.mark.parametrize(("length", "batch_size", "ranks"), [(7, 8, 1), (7, 4, 2), (0, 1, 1)])
 def test_too_few_samples_for_a_batch_give_none(length, batch_size, ranks):
     assert epoch_of(length, batch_size, 0, ranks) == []
+
+
+# Epochs of so many batches
+
+
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
+@examples(60)
+def test_epochs_of_so_many_batches_pass_over_the_data_again_and_again(length, batches, batch_size, ranks, epochs):
+    samplers = [EndlessBatchSampler(length, batches, batch_size, rank, ranks, seed=3) for rank in range(ranks)]
+    given_out = []
+    for epoch in range(epochs):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        of_ranks = [list(sampler) for sampler in samplers]
+        assert [len(of_rank) for of_rank in of_ranks] == [batches] * ranks == list(map(len, samplers))
+        for batch in range(batches):
+            told = [sampler.indices(epoch, range(batch, batch + 1)) for sampler in samplers]
+            assert told == [[index for index, _ in of_rank[batch]] for of_rank in of_ranks]
+            given_out += [of_rank[batch][i] for i in range(batch_size) for of_rank in of_ranks]
+    assert len(set(given_out)) == len(given_out) == epochs * batches * batch_size * ranks  # each augmented differently
+    for start in range(0, len(given_out) - length + 1, length):
+        assert sorted(index for index, _ in given_out[start : start + length]) == list(range(length))
+
+
+def test_passes_over_the_data_have_orders_of_their_own():
+    sampler = EndlessBatchSampler(20, 2, 20, 0, 1, seed=0)
+    first, second = sampler.indices(0, range(1)), sampler.indices(0, range(1, 2))
+    assert first != second and sorted(first) == sorted(second)
+    assert sampler.indices(1, range(1)) not in (first, second)
+
+
+def test_an_epoch_of_so_many_batches_that_is_gone_on_with_is_the_tail_of_the_whole():
+    sampler = EndlessBatchSampler(7, 5, 3, 0, 1, seed=1)
+    sampler.set_epoch(2)
+    whole = list(sampler)
+    sampler.set_epoch(2, first_batch=3)
+    assert list(sampler) == whole[3:]
+
+
+def test_no_samples_give_no_batches_however_many_are_asked_for():
+    assert list(EndlessBatchSampler(0, 5, 3, 0, 1, seed=1)) == []

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from models.build import build_model  # noqa: E402
 from utils import checkpoint, engine  # noqa: E402
+from utils.classification import classification  # noqa: E402
 from utils.cli import config_from, make_parser, run  # noqa: E402
 from utils.dist import world  # noqa: E402
 from utils.engine import Training, Watch, train_one_epoch  # noqa: E402
@@ -47,7 +48,9 @@ def main() -> None:
     with world(config.DEVICE, config.RANK_TIMEOUT) as here:
         precision = choose_precision(config, here.device, lambda _: None)
         network = build_model(config, _CLASSES)
-        training = build_training(config, here, precision, network, steps_per_epoch=2 * arguments.rounds + 2)
+        training = build_training(
+            config, here, precision, classification(), network, steps_per_epoch=2 * arguments.rounds + 2
+        )
         shape = (config.DATA.BATCH_SIZE, config.MODEL.GMA.IN_DIM, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
         with_checks, without = time_updates(training, shape, arguments.rounds)
         ratio = statistics.median(checked / bare for checked, bare in zip(with_checks, without, strict=True))

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from yacs.config import CfgNode
 
-from utils.config import check, load_config, merge, merge_options
+from utils.config import check, default_config, load_config, merge, merge_options
 from utils.errors import BrokenDataError, LostRankError, Stopped, UserError, reason
 
 # flag -> the key that it overrides
@@ -83,8 +83,17 @@ def make_parser(description: str) -> Parser:
     return parser
 
 
-def config_from(arguments: argparse.Namespace) -> CfgNode:
+def config_from(
+    arguments: argparse.Namespace,
+    defaults: Callable[[], CfgNode] = default_config,
+    check: Callable[[CfgNode], None] = check,
+) -> CfgNode:
     """The checked configuration: file, then --opts, then flags, each overriding what came before.
+
+    Args:
+        arguments: What `make_parser` parsed.
+        defaults: Gives all keys of the task.
+        check: Refuses values that cannot work.
 
     Raises:
         UserError: If the file, a key, a value or a flag is wrong.
@@ -95,7 +104,7 @@ def config_from(arguments: argparse.Namespace) -> CfgNode:
         )
     if arguments.model_file not in (None, _MODEL_FILE):
         raise UserError(f"--model-file {arguments.model_file}: the network is in {_MODEL_FILE}; leave the flag out")
-    config = load_config(arguments.cfg)
+    config = load_config(arguments.cfg, defaults)
     merge_options(config, arguments.opts or [])
     for flag, name in _KEYS.items():
         value = getattr(arguments, flag)

@@ -7,7 +7,7 @@ A key that is not listed here is an error, and so is a value of another type. Va
 import difflib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,12 @@ def default_config() -> CfgNode:
                 "START_EPOCH": 0,
                 "EPOCHS": 300,
                 "WARMUP_EPOCHS": 20,
+                "WARMUP_UPDATES": 0,  # instead of WARMUP_EPOCHS, where it is above 0
                 "WEIGHT_DECAY": 0.05,
-                "BASE_LR": 5e-4,  # these three for a batch of 512; scaled to the batch over all ranks and steps
+                "BASE_LR": 5e-4,  # these three for a batch of LR_BATCH; scaled to the batch over all ranks and steps
                 "WARMUP_LR": 5e-7,
                 "MIN_LR": 5e-6,
+                "LR_BATCH": 512,
                 "LAYER_DECAY": 1.0,  # below 1: each layer's learning rate is this much below the next one's
                 "CLIP_GRAD": 5.0,  # largest gradient norm of an update; 0: no clipping
                 "AUTO_RESUME": True,
@@ -82,7 +84,12 @@ def default_config() -> CfgNode:
                 "EMA_DECAY": 0.0,  # 0: no moving average
                 "SYNC_BN": True,  # where several GPUs train
                 "COMPILE": False,  # by torch.compile, once for the blocks of each stage
-                "LR_SCHEDULER": {"NAME": "cosine", "DECAY_EPOCHS": 30, "DECAY_RATE": 0.1},
+                "LR_SCHEDULER": {
+                    "NAME": "cosine",  # or linear, or by DECAY_RATE: step at DECAY_EPOCHS, multistep at MILESTONES
+                    "DECAY_EPOCHS": 30,
+                    "DECAY_RATE": 0.1,
+                    "MILESTONES": [],  # epochs
+                },
                 "OPTIMIZER": {"NAME": "adamw", "EPS": 1e-8, "BETAS": [0.9, 0.999], "MOMENTUM": 0.9},
             },
             "AUG": {
@@ -128,7 +135,7 @@ _CHOICES = {
     "TRAIN.ON_NONFINITE": ("stop", "skip"),
     "TRAIN.RECOMPUTE": ("all", "cheap"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest"),
-    "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
+    "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
     "AUG.REMODE": ("pixel", "rand", "const"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "DEVICE": ("auto", "cpu", "cuda"),
@@ -153,6 +160,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "MODEL.GMA.DROP_PATH_RATE": (0, 0.999, "a probability"),
     "TRAIN.EPOCHS": (1, math.inf, "epochs"),
     "TRAIN.WARMUP_EPOCHS": (0, math.inf, "epochs"),
+    "TRAIN.WARMUP_UPDATES": (0, math.inf, "updates, 0 for WARMUP_EPOCHS"),
+    "TRAIN.LR_BATCH": (1, math.inf, "images"),
     "TRAIN.WEIGHT_DECAY": (0, math.inf, "a decay"),
     "TRAIN.BASE_LR": (0, math.inf, "a learning rate"),
     "TRAIN.WARMUP_LR": (0, math.inf, "a learning rate"),
@@ -187,6 +196,7 @@ _FIXED = {
     "TRAIN.START_EPOCH": (0, "a resumed run knows its epoch: use --resume"),
 }
 
+_KINDS = {"TRAIN.LR_SCHEDULER.MILESTONES": int}  # of what is in lists that are empty by default
 _OPTIONAL = {"MODEL.GMA.QKV_SCALE": float, "AUG.CUTMIX_MINMAX": list}  # may be None, else of this type
 
 
@@ -224,13 +234,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_config(path: str | Path) -> CfgNode:
-    """The defaults, overridden by a file and by the files that its BASE names, the file last.
+def load_config(path: str | Path, defaults: Callable[[], CfgNode] = default_config) -> CfgNode:
+    """The defaults of a task, overridden by a file and by the files that its BASE names, the file last.
 
     Raises:
         UserError: If a file is missing or malformed, or holds an unknown key or a value of the wrong type.
     """
-    config = default_config()
+    config = defaults()
     _merge_file(config, Path(path), ())
     return config
 
@@ -312,7 +322,7 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
         except ValueError:
             pass
     if wanted is list and isinstance(value, (list, tuple)):
-        kind = type(default[0]) if default else float
+        kind = type(default[0]) if default else _KINDS.get(name, float)
         return [_coerce(item, kind(), f"{name}[{i}]", source) for i, item in enumerate(value)]
     if wanted is str and name == "AUG.AUTO_AUGMENT" and value in (None, "", "None"):
         return "none"
@@ -334,28 +344,49 @@ def lookup(config: CfgNode, name: str) -> Any:
 
 
 def check(config: CfgNode) -> None:
-    """Refuses values that cannot work, alone or together.
+    """Refuses values of a classifier's configuration that cannot work, alone or together.
 
     Raises:
         UserError: Naming the key and what to do.
     """
+    check_shared(config)
+    _check_augmentation(config)
+
+
+def check_shared(
+    config: CfgNode,
+    choices: Mapping[str, tuple[str, ...]] | None = None,
+    ranges: Mapping[str, tuple[float, float, str]] | None = None,
+) -> None:
+    """Refuses values that cannot work, alone or together, of the keys that a task shares with others.
+
+    Args:
+        config: The configuration of any task, which may lack some of the keys.
+        choices: The allowed values of keys of the task's own.
+        ranges: (least, most, what the value is) of keys of the task's own.
+
+    Raises:
+        UserError: Naming the key and what to do.
+    """
+    values = dict(flatten(config))
     for name, (only, advice) in _FIXED.items():
-        if lookup(config, name) != only:
-            raise UserError(f"{name} is {lookup(config, name)} but can only be {only}: {advice}")
-    for name, choices in _CHOICES.items():
-        if lookup(config, name) not in choices:
-            allowed = ", ".join(choice or "''" for choice in choices)
-            raise UserError(f"{name} is {lookup(config, name)!r}: choose one of {allowed}")
-    for name, (least, most, meaning) in _RANGES.items():
-        value = lookup(config, name)
+        if values.get(name, only) != only:
+            raise UserError(f"{name} is {values[name]} but can only be {only}: {advice}")
+    for name, allowed in {**_CHOICES, **(choices or {})}.items():
+        if values.get(name, allowed[0]) not in allowed:
+            listed = ", ".join(choice or "''" for choice in allowed)
+            raise UserError(f"{name} is {values[name]!r}: choose one of {listed}")
+    for name, (least, most, meaning) in {**_RANGES, **(ranges or {})}.items():
+        value = values.get(name, least)
         if not (least <= value <= most and math.isfinite(value)):
             bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise UserError(f"{name} is {value}: give {meaning}, {bounds}")
-    _check_combinations(config)
+    _check_network(config)
+    _check_training(config)
 
 
-def _check_combinations(config: CfgNode) -> None:
-    gma, train, aug = config.MODEL.GMA, config.TRAIN, config.AUG
+def _check_network(config: CfgNode) -> None:
+    gma = config.MODEL.GMA
     for name in ("EMBEDDING_DIMS", "SERIAL_DEPTHS", "MLP_RATIOS"):
         if len(gma[name]) != gma.NUM_STAGES:
             raise UserError(
@@ -369,6 +400,27 @@ def _check_combinations(config: CfgNode) -> None:
             )
     if min(config.DATA.STD) <= 0:
         raise UserError(f"DATA.STD is {config.DATA.STD}: give numbers above 0")
+
+
+def _check_training(config: CfgNode) -> None:
+    train, betas = config.TRAIN, config.TRAIN.OPTIMIZER.BETAS
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"TRAIN.OPTIMIZER.BETAS is {betas}: give two numbers from 0 to below 1")
+    if train.WARMUP_EPOCHS > train.EPOCHS:
+        raise UserError(f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is more than TRAIN.EPOCHS {train.EPOCHS}: lower it")
+    milestones = train.LR_SCHEDULER.MILESTONES
+    if milestones != sorted(set(milestones)) or (milestones and milestones[0] < 1):
+        raise UserError(f"TRAIN.LR_SCHEDULER.MILESTONES is {milestones}: give epochs from 1 on, in rising order")
+    if train.LR_SCHEDULER.NAME == "multistep" and not milestones:
+        raise UserError("TRAIN.LR_SCHEDULER.NAME multistep needs TRAIN.LR_SCHEDULER.MILESTONES: give its epochs")
+    if config.AMP_OPT_LEVEL and config.PRECISION != "auto":
+        raise UserError(
+            f"AMP_OPT_LEVEL {config.AMP_OPT_LEVEL} and PRECISION {config.PRECISION} both say how to compute: give one"
+        )
+
+
+def _check_augmentation(config: CfgNode) -> None:
+    aug, minmax = config.AUG, config.AUG.CUTMIX_MINMAX
     for name in ("SCALE", "RATIO"):
         if len(aug[name]) != 2 or not 0 < aug[name][0] <= aug[name][1]:
             raise UserError(f"AUG.{name} is {aug[name]}: give a lower and an upper bound above 0")
@@ -377,21 +429,12 @@ def _check_combinations(config: CfgNode) -> None:
             f"DATA.LOADING fast cannot resize with DATA.INTERPOLATION {config.DATA.INTERPOLATION}: "
             "choose bicubic or bilinear, or DATA.LOADING exact"
         )
-    betas, minmax = train.OPTIMIZER.BETAS, aug.CUTMIX_MINMAX
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"TRAIN.OPTIMIZER.BETAS is {betas}: give two numbers from 0 to below 1")
     if minmax is not None and (len(minmax) != 2 or not 0 <= minmax[0] <= minmax[1] <= 1):
         raise UserError(f"AUG.CUTMIX_MINMAX is {minmax}: give a lower and an upper share from 0 to 1, or None")
-    if train.WARMUP_EPOCHS > train.EPOCHS:
-        raise UserError(f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is more than TRAIN.EPOCHS {train.EPOCHS}: lower it")
     if mixes(config) and config.DATA.BATCH_SIZE % 2:
         raise UserError(
             f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} is odd, but mixup and cutmix pair the images: "
             "use an even one, or set AUG.MIXUP and AUG.CUTMIX to 0"
-        )
-    if config.AMP_OPT_LEVEL and config.PRECISION != "auto":
-        raise UserError(
-            f"AMP_OPT_LEVEL {config.AMP_OPT_LEVEL} and PRECISION {config.PRECISION} both say how to compute: give one"
         )
 
 
@@ -415,6 +458,11 @@ def flatten(config: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(config: CfgNode, text: str) -> list[str]:
-    """The keys in which a configuration differs from one saved as YAML text, as 'KEY: saved -> now'."""
-    saved = dict(flatten(CfgNode(yaml.safe_load(text))))
+    """The keys in which a configuration differs from one saved as YAML text, as 'KEY: saved -> now'.
+
+    Keys that are newer than the saved one had their defaults.
+    """
+    defaults = dict(flatten(default_config()))
+    saved = {name: defaults[name] for name, _ in flatten(config) if name in defaults}
+    saved |= dict(flatten(CfgNode(yaml.safe_load(text))))
     return [f"{name}: {saved.get(name)} -> {value}" for name, value in flatten(config) if saved.get(name) != value]

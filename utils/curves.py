@@ -1,5 +1,7 @@
-"""curves.png: a run's loss, accuracy, learning rate and gradient norm, drawn from its metrics.jsonl."""
+"""curves.png: a run's loss, score, learning rate and gradient norm, drawn from its metrics.jsonl."""
 
+from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +12,31 @@ from matplotlib.figure import Figure
 from utils.checkpoint import write_beside
 from utils.logger import read_metrics
 
-_BLUE, _ORANGE, _GREY = "#2f6f9f", "#d9742b", "#b0b0b0"
+_BLUE, _ORANGE = "#2f6f9f", "#d9742b"
+_OTHERS = ("#b0b0b0", "#7a9e7e", "#8d7aa8", "#5f6a72")  # of the measures after the first, again and again
 
 
-def draw_curves(folder: Path, updates_per_epoch: int) -> None:
+def draw_curves(folder: Path, updates_per_epoch: int, measures: Mapping[str, str]) -> None:
     """Draws curves.png from metrics.jsonl in a run's folder.
 
     Args:
         folder: The run's folder.
         updates_per_epoch: Optimizer steps of an epoch.
+        measures: Keys of the scores, the chosen one first, and what to call them.
     """
     lines = read_metrics(folder / "metrics.jsonl")
     for line in lines:
         line["epoch"] = line["update"] / updates_per_epoch
     updates = [line for line in lines if "lr" in line]
-    scores = [line for line in lines if "acc1" in line]
+    scores = [line for line in lines if "lr" not in line]
+    first, *others = measures
+    colours = {first: _BLUE} | dict(zip(others, cycle(_OTHERS), strict=False))
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplots(2, 2)
     _draw(axes[0, 0], updates, {"loss": ("training", _BLUE)}, "loss")
     _draw(axes[0, 0], scores, {"loss": ("validation", _ORANGE)}, "loss")
-    _draw(axes[0, 1], scores, {"acc1": ("Acc@1", _BLUE), "acc5": ("Acc@5", _GREY)}, "accuracy, %")
-    _draw(axes[0, 1], scores, {"ema_acc1": ("Acc@1 of the moving average", _ORANGE)}, "accuracy, %")
+    _draw(axes[0, 1], scores, {name: (label, colours[name]) for name, label in measures.items()}, "score, %")
+    _draw(axes[0, 1], scores, {f"ema_{first}": (f"{measures[first]} of the moving average", _ORANGE)}, "score, %")
     _draw(axes[1, 0], updates, {"lr": ("", _BLUE)}, "learning rate")
     _draw(axes[1, 1], updates, {"grad_norm": ("", _BLUE)}, "gradient norm")
     for axis in axes[1]:
@@ -42,7 +48,7 @@ def _draw(axis: Axes, lines: list[dict[str, Any]], curves: dict[str, tuple[str, 
     for key, (label, colour) in curves.items():
         points = [(line["epoch"], line[key]) for line in lines if line.get(key) is not None]
         if points:
-            marker = "o" if len(points) < 60 and "acc1" in lines[0] else None
+            marker = "o" if len(points) < 60 and "lr" not in lines[0] else None
             axis.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.5, marker=marker, markersize=3)
     axis.set_title(title, fontsize=10, loc="left")
     axis.grid(alpha=0.3)

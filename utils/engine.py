@@ -17,14 +17,17 @@ from tqdm import tqdm
 from utils.dist import World, any_rank, gather, gather_objects
 from utils.errors import BrokenDataError, NotFiniteError, Stopped, UserError
 from utils.meter import Meter, Report
-from utils.metrics import Score, ScoreSums
+from utils.metrics import ScoreSums, Sums, TaskScore
 from utils.optim import Precision, Steps
 from utils.progress import Progress
 from utils.seeding import number_for, seed_everything
 
 
 class Batches(Sized, Iterable[Any], Protocol):
-    """A loader of (8-bit images [B, C, H, W], class numbers [B], complaints about broken images: mostly empty)."""
+    """A loader of (images, targets, complaints about broken images: B texts, mostly empty).
+
+    To classify, 8-bit images [B, C, H, W] and class numbers [B]; other tasks have whatever has a `to(device)`.
+    """
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,13 @@ class Training:
     Attributes:
         network: The bare network.
         model: The network as it is called in training: in DDP, compiled, or itself.
-        criterion: Loss of logits [B, classes] and class numbers [B], or mixed targets [B, classes].
+        criterion: Loss of what the model answers and the targets: to classify, of logits [B, classes] and class numbers
+            [B], or mixed targets [B, classes].
         optimizer: torch's.
         scheduler: timm's, asked for the learning rate of an update by its number.
         scaler: torch's loss scaler, idle outside fp16.
         ema: timm's moving average, if there is one.
-        finish: Makes floating-point input of 8-bit images on the device; may draw, and is seeded for each step.
+        finish: Makes the model's input of 8-bit images on the device; may draw, and is seeded for each step.
         mixup: Mixes images and targets, if it is on.
         precision: How the network computes.
         world: This process among all.
@@ -58,7 +62,7 @@ class Training:
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
-    finish: Callable[[Tensor], Tensor]
+    finish: Callable[[Any], Any]
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
     precision: Precision
     world: World
@@ -180,7 +184,7 @@ def _accumulate(run: Training, batches: Iterator[Any], micro_steps: int, meter: 
     return total, complaints
 
 
-def _next(run: Training, batches: Iterator[Any], meter: Meter) -> tuple[Tensor, Tensor, list[str]]:
+def _next(run: Training, batches: Iterator[Any], meter: Meter) -> tuple[Any, Any, list[str]]:
     since = time.perf_counter()
     batch = next(batches, None)
     if batch is None:
@@ -241,24 +245,26 @@ def _leave_out(run: Training, votes: _Votes, buffers: list[Tensor]) -> None:
 def evaluate(
     network: nn.Module,
     loader: Batches,
-    finish: Callable[[Tensor], Tensor],
+    finish: Callable[[Any], Any],
     world: World,
     precision: Precision,
     images: int = 0,
     rounds: int = 0,
     asked_to_stop: Callable[[], int] = int,
-) -> Score:
+    sums: Sums | None = None,
+) -> TaskScore:
     """Scores a network on this rank's share of a data set, and adds the shares of all ranks.
 
     Args:
         network: The bare network, which waits for no other rank.
         loader: This rank's images.
-        finish: Makes floating-point input of 8-bit images on the device.
+        finish: Makes the network's input of 8-bit images on the device.
         world: This process among all.
         precision: How to compute.
         images: How many images all ranks together must score; 0 if that is not known.
         rounds: Batches that every rank has; a rank that must stop tells the others after each of them.
         asked_to_stop: Gives the signal that asks this rank to stop, or 0.
+        sums: Adds up what to score by; a classifier's accuracies if None.
 
     Raises:
         BrokenDataError: If an image is broken on some rank; all ranks raise it.
@@ -266,7 +272,7 @@ def evaluate(
         Stopped: If some rank is asked to stop; all ranks raise it.
     """
     network.eval()
-    sums = ScoreSums(world.device)
+    sums = ScoreSums(world.device) if sums is None else sums
     complaint, signal = "", 0
     for number, (inputs, targets, complaints) in enumerate(
         tqdm(loader, desc="scoring", leave=False, disable=None if world.is_main else True)
@@ -278,8 +284,8 @@ def evaluate(
             inputs = finish(inputs.to(world.device, non_blocking=True))
             targets = targets.to(world.device, non_blocking=True)
             with precision.autocast():
-                logits = network(inputs)
-            sums.add(logits, targets)
+                outputs = network(inputs)
+            sums.add(outputs, targets)
     told = gather_objects((complaint, signal or asked_to_stop()))
     if complaints := [complaint for complaint, _ in told if complaint]:
         raise BrokenDataError(f"{complaints[0]}: mend or remove it")

@@ -18,7 +18,7 @@ from utils.engine import Training, Watch
 from utils.errors import NotFiniteError, Stopped, UserError, listing
 from utils.logger import MetricsLog
 from utils.meter import Report
-from utils.metrics import Score
+from utils.metrics import TaskScore
 from utils.report import log_report, log_scores
 from utils.resume import restore, state_of
 from utils.signals import StopSignals
@@ -35,7 +35,7 @@ class Keeper(Watch):
         training: What trains.
         folder: The run's.
         classes: Class names by number, or None.
-        best: The best epoch so far: {'epoch', 'of', 'acc1'}, or None.
+        best: The best epoch so far: {'epoch', 'of', and the measure that it was chosen by: 'acc1'}, or None.
         broken: What becomes of broken images.
         signals: What asks this rank to stop.
     """
@@ -94,7 +94,7 @@ class Keeper(Watch):
         if self._is_due():
             self.save()
 
-    def on_epoch(self, scores: dict[str, Score]) -> None:
+    def on_epoch(self, scores: dict[str, TaskScore]) -> None:
         """Logs the scores of an epoch, draws the curves and saves.
 
         Args:
@@ -102,11 +102,14 @@ class Keeper(Watch):
         """
         training, epoch = self._training, self._training.progress.epoch
         of = "ema" if training.ema else "model"
-        is_best = self.best is None or scores[of].acc1 > self.best["acc1"]
+        measures = scores[of].measures
+        first = next(iter(measures))
+        reached = getattr(scores[of], first)
+        is_best = self.best is None or reached > self.best[first]
         if is_best:
-            self.best = {"epoch": epoch, "of": of, "acc1": scores[of].acc1}
+            self.best = {"epoch": epoch, "of": of, first: reached}
         self._attempt(partial(log_scores, scores, self.best, epoch, training, self._metrics))
-        self._attempt(partial(draw_curves, self.folder, training.steps.updates_per_epoch))
+        self._attempt(partial(draw_curves, self.folder, training.steps.updates_per_epoch, measures))
         training.progress.end_epoch()
         self.save(is_best)
 

@@ -1,6 +1,7 @@
 """Exact sums over a data set, divided once at the end."""
 
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -8,17 +9,48 @@ from torch import Tensor, nn
 from utils.dist import sum_over_ranks
 
 
-@dataclass(frozen=True)
-class Score:
-    """What a network reached on a data set.
+class TaskScore(Protocol):
+    """What a network reached on a data set, by the measures of its task.
 
     Attributes:
+        measures: Names of attributes, each a percentage, and what to call them; the first chooses the best epoch.
+        images: Number of images, each counted once.
+        loss: Mean loss, not a number where the task has none in evaluation.
+    """
+
+    measures: ClassVar[dict[str, str]]
+    images: int
+    loss: float
+
+
+class Sums(Protocol):
+    """Adds up what a task scores by."""
+
+    def add(self, outputs: Any, targets: Any) -> None:
+        """Adds a batch: what the network answers, and what the loader gives beside the images."""
+
+    def total(self) -> TaskScore:
+        """The score over all ranks; every rank must ask."""
+
+
+def describe(score: TaskScore) -> str:
+    """A score's measures in a line."""
+    return " ".join(f"{label} {getattr(score, name):.3f}" for name, label in score.measures.items())
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a classifier reached on a data set.
+
+    Attributes:
+        measures: As in `TaskScore`.
         images: Number of images, each counted once.
         correct1: How many had their class first.
         correct5: How many had it among the first five.
         loss: Mean cross-entropy.
     """
 
+    measures: ClassVar[dict[str, str]] = {"acc1": "Acc@1", "acc5": "Acc@5"}
     images: int
     correct1: int
     correct5: int
@@ -36,7 +68,7 @@ class Score:
 
 
 class ScoreSums:
-    """Adds up scores on the device, without waiting for it, and over ranks once at the end."""
+    """Adds up a classifier's scores on the device, without waiting for it, and over ranks once at the end."""
 
     def __init__(self, device: torch.device) -> None:
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)

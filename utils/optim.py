@@ -20,8 +20,6 @@ from yacs.config import CfgNode
 from utils.config import accumulation_steps, mixes
 from utils.errors import UserError, listing, reason
 
-_RECIPE_BATCH = 512  # the batch that the recipe's learning rates are for
-
 
 @dataclass(frozen=True)
 class Steps:
@@ -59,7 +57,7 @@ class Steps:
 
 def learning_rate_scale(config: CfgNode, ranks: int) -> float:
     """Images of one update over those that the configured learning rates are for."""
-    return config.DATA.BATCH_SIZE * ranks * accumulation_steps(config) / _RECIPE_BATCH
+    return config.DATA.BATCH_SIZE * ranks * accumulation_steps(config) / config.TRAIN.LR_BATCH
 
 
 def build_optimizer(config: CfgNode, model: nn.Module, ranks: int) -> torch.optim.Optimizer:
@@ -97,22 +95,23 @@ def build_optimizer(config: CfgNode, model: nn.Module, ranks: int) -> torch.opti
 
 
 def build_scheduler(config: CfgNode, optimizer: torch.optim.Optimizer, steps: Steps, ranks: int) -> Scheduler:
-    """The learning rate of an update by its number: warm-up inside the epochs, then cosine, linear or step."""
-    train = config.TRAIN
-    scale = learning_rate_scale(config, ranks)
-    linear = train.LR_SCHEDULER.NAME == "linear"
-    scheduler, _ = create_scheduler_v2(
+    """The learning rate of an update by its number: warm-up inside the epochs, then cosine, linear or by steps."""
+    train, schedule = config.TRAIN, config.TRAIN.LR_SCHEDULER
+    scale, epoch = learning_rate_scale(config, ranks), steps.updates_per_epoch
+    linear = schedule.NAME == "linear"
+    scheduler, _ = create_scheduler_v2(  # whose epochs are updates here
         optimizer,
-        sched="poly" if linear else train.LR_SCHEDULER.NAME,
-        num_epochs=train.EPOCHS,
-        decay_epochs=train.LR_SCHEDULER.DECAY_EPOCHS,
-        decay_rate=1.0 if linear else train.LR_SCHEDULER.DECAY_RATE,  # timm's power of the polynomial
+        sched="poly" if linear else schedule.NAME,
+        num_epochs=steps.updates,
+        decay_epochs=schedule.DECAY_EPOCHS * epoch,
+        decay_milestones=[milestone * epoch + 1 for milestone in schedule.MILESTONES],  # timm steps one update early
+        decay_rate=1.0 if linear else schedule.DECAY_RATE,  # timm's power of the polynomial
         min_lr=train.MIN_LR * scale,
         warmup_lr=train.WARMUP_LR * scale,
-        warmup_epochs=train.WARMUP_EPOCHS,
+        warmup_epochs=train.WARMUP_UPDATES or train.WARMUP_EPOCHS * epoch,
         warmup_prefix=False,
         step_on_epochs=False,
-        updates_per_epoch=steps.updates_per_epoch,
+        updates_per_epoch=1,
     )
     return scheduler
 

@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from yacs.config import CfgNode
 from utils.engine import Training
 from utils.logger import MetricsLog
 from utils.meter import Report
-from utils.metrics import Score
+from utils.metrics import TaskScore, describe
 from utils.optim import learning_rate_scale
 
 _log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def log_report(report: Report, training: Training, metrics: MetricsLog) -> None:
 
 
 def log_scores(
-    scores: dict[str, Score], best: dict[str, Any], epoch: int, training: Training, metrics: MetricsLog
+    scores: dict[str, TaskScore], best: dict[str, Any], epoch: int, training: Training, metrics: MetricsLog
 ) -> None:
     """Writes the scores of an epoch.
 
@@ -69,9 +70,15 @@ def log_scores(
     tags = {}
     for name, score in scores.items():
         of_ema = name == "ema"
-        _log.info(f" * {'EMA ' if of_ema else ''}Acc@1 {score.acc1:.3f} Acc@5 {score.acc5:.3f}")
+        _log.info(f" * {'EMA ' if of_ema else ''}{describe(score)}")
         prefix, suffix = ("ema_", "_ema") if of_ema else ("", "")
-        line |= {f"{prefix}acc1": score.acc1, f"{prefix}acc5": score.acc5, f"{prefix}loss": score.loss}
-        tags |= {f"Acc@1{suffix}": score.acc1, f"Acc@5{suffix}": score.acc5}
-    _log.info(f"best Acc@1 so far: {best['acc1']:.3f} (after {best['epoch'] + 1} epochs)")
+        line |= {f"{prefix}{measure}": getattr(score, measure) for measure in (*score.measures, "loss")}
+        tags |= {f"{label}{suffix}": getattr(score, measure) for measure, label in score.measures.items()}
+    _log.info(f"best so far: {describe_best(best, score.measures)}")
     metrics.write(line, tags)
+
+
+def describe_best(best: dict[str, Any], measures: Mapping[str, str]) -> str:
+    """The best epoch so far in words: what it reached by the first measure, and when."""
+    measure, label = next(iter(measures.items()))
+    return f"{label} {best[measure]:.3f} after {best['epoch'] + 1} epochs"

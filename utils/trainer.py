@@ -10,11 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from data.build import EvalData, TrainData, build_eval_data, build_mixup, build_train_data
-from data.datasets import check_same_classes, count_classes
-from data.finish import Finish
-from models.build import build_model, compile_blocks
-from models.groupmixformer import GroupMixFormer
+from data.build import EvalData, TrainData
 from utils import checkpoint
 from utils.broken import BrokenImages
 from utils.config import accumulation_steps
@@ -24,52 +20,48 @@ from utils.errors import NotFiniteError, Stopped, UserError
 from utils.keeper import Keeper
 from utils.lock import RunLock
 from utils.logger import setup_logging
-from utils.metrics import Score
+from utils.metrics import TaskScore
 from utils.optim import (
     Precision,
     Steps,
     build_ema,
-    build_loss,
     build_optimizer,
     build_scheduler,
     choose_kernels,
     memory_format,
 )
 from utils.progress import Progress
-from utils.report import log_plan
+from utils.report import describe_best, log_plan
 from utils.resume import (
     Found,
     find_state,
     fit_to_ranks,
     restore,
-    start_from_pretrained,
     steps_of_epoch,
     without_permissions,
 )
 from utils.seeding import number_for, seed_everything
 from utils.signals import StopSignals
+from utils.task import Task
 
 _log = logging.getLogger(__name__)
 
 
-def train(config: CfgNode, here: World, precision: Precision) -> None:
+def train(config: CfgNode, here: World, precision: Precision, task: Task) -> None:
     """Builds everything and runs the epochs."""
     with together():
-        train_data = build_train_data(config, here)
-        num_classes = count_classes(config, train_data.classes)
-        eval_data = build_eval_data(config, here, known=None, num_classes=None)
-        check_same_classes(train_data.classes, eval_data.classes)
+        train_data, eval_data = task.open_data(config, here)
         seed_everything(number_for(config.SEED, "weights"))
-        network = build_model(config, num_classes)
+        network = task.build_network(config, train_data)
 
     folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
     found = find_state(config, folder, here)
     with together():
         config = fit_to_ranks(config, found, here)
         if not found:
-            start_from_pretrained(config, network)
+            task.start_from_pretrained(config, network)
     steps_per_epoch = steps_of_epoch(config, found, train_data.steps_per_epoch)
-    training = build_training(config, here, precision, network, steps_per_epoch)
+    training = build_training(config, here, precision, task, network, steps_per_epoch)
     with together():
         if found:
             restore(found.state, training, config)
@@ -85,13 +77,13 @@ def train(config: CfgNode, here: World, precision: Precision) -> None:
             )
         log_plan(config, training, eval_data.images)
         try:
-            run_epochs(config, training, train_data, eval_data, keeper)
+            run_epochs(config, task, training, train_data, eval_data, keeper)
         finally:
             keeper.close()
 
 
 def build_training(
-    config: CfgNode, here: World, precision: Precision, network: GroupMixFormer, steps_per_epoch: int
+    config: CfgNode, here: World, precision: Precision, task: Task, network: nn.Module, steps_per_epoch: int
 ) -> Training:
     """Puts the network on its device and builds what trains it; every rank must call."""
     on_gpus = here.device.type == "cuda"
@@ -104,7 +96,7 @@ def build_training(
     optimizer = build_optimizer(config, network, here.size)
     ema = build_ema(config, network)
     if config.TRAIN.COMPILE:
-        compile_blocks(network)
+        task.compile(network)
     model: nn.Module = network
     if here.size > 1:
         model = DistributedDataParallel(
@@ -115,13 +107,13 @@ def build_training(
     return Training(
         network=network,
         model=model,
-        criterion=build_loss(config),
+        criterion=task.build_loss(config),
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, steps, here.size),
         scaler=precision.grad_scaler(),
         ema=ema,
-        finish=Finish(config, here.device, is_training=True),
-        mixup=build_mixup(config, network.num_classes),
+        finish=task.build_finish(config, here.device),
+        mixup=task.build_mixup(config, network),
         precision=precision,
         world=here,
         steps=steps,
@@ -187,7 +179,9 @@ def open_run(
     return keeper
 
 
-def run_epochs(config: CfgNode, training: Training, train_data: TrainData, eval_data: EvalData, keeper: Keeper) -> None:
+def run_epochs(
+    config: CfgNode, task: Task, training: Training, train_data: TrainData, eval_data: EvalData, keeper: Keeper
+) -> None:
     """Trains, scores and saves, epoch after epoch, from where the run is."""
     progress, steps = training.progress, training.steps
     while progress.epoch < steps.epochs:
@@ -199,19 +193,17 @@ def run_epochs(config: CfgNode, training: Training, train_data: TrainData, eval_
             keeper.on_not_finite(error, names)
             continue
         try:
-            scores = evaluate_epoch(training, eval_data, keeper)
+            scores = evaluate_epoch(task, training, eval_data, keeper)
         except Stopped as stopped:
             keeper.stop(stopped.signal)
         keeper.on_epoch(scores)
     keeper.wait()
     best = keeper.best
-    reached = (
-        f"best Acc@1 {best['acc1']:.3f} after {best['epoch'] + 1} epochs" if best else "no epoch was left to train"
-    )
+    reached = f"best {describe_best(best, task.measures)}" if best else "no epoch was left to train"
     _log.info(f"done: {reached}; everything is in {keeper.folder}")
 
 
-def evaluate_epoch(training: Training, data: EvalData, keeper: Keeper) -> dict[str, Score]:
+def evaluate_epoch(task: Task, training: Training, data: EvalData, keeper: Keeper) -> dict[str, TaskScore]:
     """Scores the 'model', and its moving average as 'ema' where there is one."""
     networks = {"model": training.network} | ({"ema": training.ema.module} if training.ema else {})
     scores = {}
@@ -227,5 +219,6 @@ def evaluate_epoch(training: Training, data: EvalData, keeper: Keeper) -> dict[s
                 data.images,
                 data.rounds,
                 keeper.asked_to_stop,
+                task.build_sums(data, training.world.device),
             )
     return scores

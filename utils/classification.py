@@ -1,0 +1,55 @@
+"""The task of classifying images."""
+
+import torch
+from timm.data import Mixup
+from yacs.config import CfgNode
+
+from data.build import EvalData, TrainData, build_eval_data, build_mixup, build_train_data
+from data.datasets import check_same_classes, count_classes
+from data.finish import Finish
+from models.build import build_model, compile_blocks
+from models.groupmixformer import GroupMixFormer
+from utils.dist import World
+from utils.metrics import Score, ScoreSums
+from utils.optim import build_loss
+from utils.resume import start_from_pretrained
+from utils.task import Task
+
+
+def classification() -> Task:
+    """To classify images."""
+    return Task(
+        measures=Score.measures,
+        open_data=_open_data,
+        build_network=_build_network,
+        start_from_pretrained=start_from_pretrained,
+        build_loss=build_loss,
+        build_finish=_build_finish,
+        build_mixup=_build_mixup,
+        build_sums=_build_sums,
+        compile=compile_blocks,
+    )
+
+
+def _open_data(config: CfgNode, here: World) -> tuple[TrainData, EvalData]:
+    train_data = build_train_data(config, here)
+    count_classes(config, train_data.classes)
+    eval_data = build_eval_data(config, here, known=None, num_classes=None)
+    check_same_classes(train_data.classes, eval_data.classes)
+    return train_data, eval_data
+
+
+def _build_network(config: CfgNode, data: TrainData) -> GroupMixFormer:
+    return build_model(config, count_classes(config, data.classes))
+
+
+def _build_finish(config: CfgNode, device: torch.device) -> Finish:
+    return Finish(config, device, is_training=True)
+
+
+def _build_mixup(config: CfgNode, network: GroupMixFormer) -> Mixup | None:
+    return build_mixup(config, network.num_classes)
+
+
+def _build_sums(_data: EvalData, device: torch.device) -> ScoreSums:
+    return ScoreSums(device)

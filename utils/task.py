@@ -1,0 +1,40 @@
+"""What a run trains for: the parts in which tasks differ, to classify, to segment, to detect."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from data.build import EvalData, TrainData
+from utils.dist import World
+from utils.metrics import Sums
+
+
+@dataclass(frozen=True)
+class Task:
+    """Builds what differs between tasks; the rest of a run is the same for all.
+
+    Attributes:
+        measures: As in `utils.metrics.TaskScore`.
+        open_data: (configuration, this process) -> data to train and to validate on, which fit each other.
+        build_network: (configuration, training data) -> network with fresh weights and an attribute `num_classes`.
+        start_from_pretrained: (configuration, network): loads the weights that --pretrained names, if it does.
+        build_loss: Configuration -> loss of what the network answers in training, and targets.
+        build_finish: (configuration, device) -> what makes the network's input of training images.
+        build_mixup: (configuration, network) -> what mixes images and targets, or None.
+        build_sums: (validation data, device) -> what adds up the score.
+        compile: Has torch.compile take the network, in place.
+    """
+
+    measures: Mapping[str, str]
+    open_data: Callable[[CfgNode, World], tuple[TrainData, EvalData]]
+    build_network: Callable[[CfgNode, TrainData], nn.Module]
+    start_from_pretrained: Callable[[CfgNode, nn.Module], None]
+    build_loss: Callable[[CfgNode], nn.Module]
+    build_finish: Callable[[CfgNode, torch.device], Callable[[Any], Any]]
+    build_mixup: Callable[[CfgNode, nn.Module], Callable[[Any, Any], tuple[Any, Any]] | None]
+    build_sums: Callable[[EvalData, torch.device], Sums]
+    compile: Callable[[nn.Module], None]
