@@ -28,7 +28,7 @@ def appearing_whole(output: Path) -> Iterator[Path]:
     except FileExistsError:
         raise UserError(f"{part} exists: remove it unless another program is writing there") from None
     except OSError as error:
-        raise UserError(f"{part} cannot be made ({error.strerror}): name another --output") from None
+        raise UserError(f"{part} cannot be made ({error.strerror}): name another place") from None
     before = {number: signal.getsignal(number) for number in _ENDINGS}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:  # as nohup has it
@@ -38,7 +38,7 @@ def appearing_whole(output: Path) -> Iterator[Path]:
         part.rename(output)
     except OSError as error:
         hint = "free some space or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise UserError(f"{output} cannot be written ({reason(error)}): {hint}name another --output") from None
+        raise UserError(f"{output} cannot be written ({reason(error)}): {hint}name another place") from None
     finally:
         _ignore_endings()
         shutil.rmtree(part, ignore_errors=True)

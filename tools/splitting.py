@@ -87,7 +87,7 @@ def deal(
     for group in sorted(members, key=lambda group: (-len(members[group]), min(counts[group]), order[group])):
         columns, count = list(counts[group]), np.array(list(counts[group].values()))
         without = has[:, columns] == 0
-        must = (without & (groups_left[columns] <= without.sum(0))).any(1)  # or too few groups are left for such sides
+        must = (without & (groups_left[columns] <= without.sum(0))).any(1)  # every group that is left is needed there
         lacks = (wanted - has)[:, columns] @ (count / wanted[:, columns].sum(0))
         in_all = (wanted - has).sum(1)
         side = max(range(len(shares)), key=lambda side: (must[side], round(lacks[side], 9), round(in_all[side], 9)))
