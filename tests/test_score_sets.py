@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_unit import ALONE, CPU, configured, noise
+from helpers_unit import ALONE, CPU, ROOT, configured, noise
 from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
@@ -26,7 +26,7 @@ from data.imagenet_sets import (
 )
 from models.build import build_model
 from tools.score_sets import ClassFolders, Scorer, score_corrupted
-from tools.set_report import corruption_row, corruptions_table, mean_row
+from tools.set_report import corruption_row, corruptions_table, mean_row, sets_table
 from utils import checkpoint
 from utils.corruption_error import (
     ALEXNET_CLEAN_ERROR,
@@ -519,7 +519,8 @@ def test_every_set_has_its_row_and_its_counts(alone, weights):
     assert 0.5 < val["correct1"] / 1000 < 0.67  # the colours of every third class are another's
     assert (v2["correct1"], sketch["correct5"]) == (val["correct1"], val["correct5"])
     assert a["acc1"] > val["acc1"] and r["acc1"] > val["acc1"]  # most other classes are left out
-    assert "ImageNet-A has 200 images here and 7500 in the published set" in out
+    assert "ImageNet-A has 200 images here, and 7500 as published" in out
+    assert out.count("folders of ImageNet-C have 50000 images as published, but here snow/2 1000, fog/5 1000") == 1
 
 
 def test_the_plain_set_scores_as_the_scoring_program_does(call, alone, weights, sets, tmp_path):
@@ -602,3 +603,11 @@ def test_a_network_of_other_classes_is_refused_before_anything_is_scored(call, s
     result = call("tools/score_sets.py", "--checkpoint", tmp_path / "other.pth", "--a", sets / "ImageNet-A")
     assert result.code == 2
     assert result.errors[0].startswith("the network's 3 classes are not ImageNet-1K's")
+
+
+def test_the_document_shows_the_tables_as_they_are_printed():
+    document = (ROOT / "docs" / "score_sets.md").read_text().splitlines()
+    rows = some_rows(Score(100, 80, 90, 1.0))
+    shown = [*sets_table([]).splitlines(), *corruptions_table(rows, []).splitlines()[:2]]
+    assert set(shown) <= set(document)
+    assert [name for line in document for name in rows if line.startswith(f"| {name} | 250,000 |")] == list(rows)

@@ -202,7 +202,8 @@ def score_sets(scorer: Scorer, sets: Sequence[PlannedSet]) -> list[SetScore]:
         score = scorer.labels(each.images) if isinstance(each.images, RealSource) else scorer.classes(each.images)
         scores.append(SetScore(each.title, each.root, each.published_images, score))
         _log.info("%s: %d images, %s", each.title, score.images, describe(score))
-        _warn_of_count(each.title, score, each.published_images)
+        if score.images != each.published_images:
+            _log.warning("%s has %d images here, and %d as published", each.title, score.images, each.published_images)
     return scores
 
 
@@ -215,19 +216,18 @@ def score_corrupted(
         UserError: If an image is broken, or a class has none.
     """
     scores: dict[str, dict[int, Score]] = {corruption: {} for corruption in corrupted}
+    published, unlike = PUBLISHED_IMAGES["ImageNet-C"], []
     places = [(corruption, severity) for corruption, folders in corrupted.items() for severity in folders]
     for corruption, severity in tqdm(places, "ImageNet-C", unit=" folders", disable=None if is_main else True):
         score = scorer.classes(corrupted[corruption][severity], is_corrupted=True)
         scores[corruption][severity] = score
-        title = f"{corruption}/{severity}"
-        _log.info("%s: %d images, %s", title, score.images, describe(score), extra={"progress": True})
-        _warn_of_count(title, score, PUBLISHED_IMAGES["ImageNet-C"])
+        name = f"{corruption}/{severity}"
+        _log.info("%s: %d images, %s", name, score.images, describe(score), extra={"progress": True})
+        if score.images != published:
+            unlike.append(f"{name} {score.images}")
+    if unlike:
+        _log.warning("folders of ImageNet-C have %d images as published, but here %s", published, listing(unlike, 3))
     return scores
-
-
-def _warn_of_count(title: str, score: Score, published: int) -> None:
-    if score.images != published:
-        _log.warning("%s has %d images here and %d in the published set", title, score.images, published)
 
 
 def main() -> None:
@@ -248,19 +248,20 @@ def main() -> None:
         network = fuse(trained.network) if arguments.fuse else trained.network
         network.to(here.device, memory_format=memory_format(config))
         precision = Precision(arguments.precision, here.device.type)
+        conditions = {
+            "weights": str(arguments.checkpoint),
+            "ema": trained.is_ema,
+            "img_size": config.DATA.IMG_SIZE,
+            "precision": precision.name,
+            "fused": arguments.fuse,
+            "ranks": here.size,
+            "device": here.device.type,
+        }
+        _log.info("scoring: %s", ", ".join(f"{name} {value}" for name, value in conditions.items()))
         scorer = Scorer(network, numbers, config, here, precision, arguments.c_crop)
         scores = score_sets(scorer, sets)
         by_corruption = score_corrupted(scorer, corrupted, here.is_main)
         if here.is_main:
-            conditions = {
-                "weights": str(arguments.checkpoint),
-                "ema": trained.is_ema,
-                "img_size": config.DATA.IMG_SIZE,
-                "precision": precision.name,
-                "fused": arguments.fuse,
-                "ranks": here.size,
-                "device": here.device.type,
-            }
             report(arguments, conditions, scores, by_corruption, missing)
 
 
