@@ -47,6 +47,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from models.build import build_model
     from models.fuse import fuse
+    from utils.checkpoint import write_text
     from utils.dist import together, world
     from utils.logger import setup_logging
     from utils.optim import choose_scoring_precision
@@ -92,7 +93,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
                 here.size, here.device.type,
             )  # fmt: skip
             if arguments.json:
-                Path(arguments.json).write_text(json.dumps(facts, indent=2) + "\n")
+                write_text(Path(arguments.json), json.dumps(facts, indent=2) + "\n")
         outcomes = sums.outcomes() if sums else None
         with together():
             if outcomes and here.is_main:

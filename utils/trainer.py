@@ -171,7 +171,7 @@ def open_run(
     if is_main:
         at = training.progress
         checkpoint.remove_after(folder, at.epoch, at.place, keep=bool(config.MODEL.RESUME))
-        checkpoint.write_beside(folder / "config.yaml", lambda beside: beside.write_text(config.dump()))
+        checkpoint.write_text(folder / "config.yaml", config.dump())
     best = found.state["best"] if found and (folder / checkpoint.BEST).is_file() else None  # the best of this folder
     broken = BrokenImages(
         config.DATA.ON_ERROR == "skip", config.DATA.MAX_BROKEN, train_data.images, folder if is_main else None
