@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from yacs.config import CfgNode
 
 from utils.cli import check_report, config_from, make_parser, run
+from utils.config import check_to_score
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def main() -> None:
         "--report", metavar="DIR", help="write the score of each class, confusion, calibration and mistakes there"
     )
     arguments = parser.parse_args()
-    config = config_from(arguments)
+    config = config_from(arguments, check=check_to_score)
     check_report(Path(arguments.json) if arguments.json else None)
     if arguments.report and config.THROUGHPUT_MODE:
         raise UserError("--report tells of a score, and --throughput makes none: leave one of them out")
