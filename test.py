@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from yacs.config import CfgNode
 
 from utils.cli import check_report, config_from, make_parser, run
+from utils.config import check_to_score
 from utils.errors import UserError
 
 if TYPE_CHECKING:
-    from utils.outcomes import Outcomes
+    from utils.reporting.outcomes import Outcomes
     from utils.scoring import Scored
 
 _log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def main() -> None:
         "--report", metavar="DIR", help="write the score of each class, confusion, calibration and mistakes there"
     )
     arguments = parser.parse_args()
-    config = config_from(arguments)
+    config = config_from(arguments, check=check_to_score)
     check_report(Path(arguments.json) if arguments.json else None)
     if arguments.report and config.THROUGHPUT_MODE:
         raise UserError("--report tells of a score, and --throughput makes none: leave one of them out")
@@ -47,11 +48,12 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from models.build import build_model
     from models.fuse import fuse
+    from utils.checkpoint import write_text
     from utils.dist import together, world
     from utils.logger import setup_logging
     from utils.optim import choose_scoring_precision
-    from utils.outcomes import OutcomeSums
-    from utils.report_folder import check_report_folder
+    from utils.reporting.folder import check_report_folder
+    from utils.reporting.outcomes import OutcomeSums
     from utils.scoring import score_weights
     from utils.throughput import throughput_line
 
@@ -92,7 +94,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
                 here.size, here.device.type,
             )  # fmt: skip
             if arguments.json:
-                Path(arguments.json).write_text(json.dumps(facts, indent=2) + "\n")
+                write_text(Path(arguments.json), json.dumps(facts, indent=2) + "\n")
         outcomes = sums.outcomes() if sums else None
         with together():
             if outcomes and here.is_main:
@@ -102,7 +104,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
 def report_on(outcomes: "Outcomes", scored: "Scored", config: CfgNode, facts: dict[str, Any], folder: Path) -> None:
     """Writes the report into its folder."""
     from data.names import class_labels
-    from utils.scoring_report import write_report
+    from utils.reporting.scoring_report import write_report
 
     classes = scored.classes or [str(number) for number in range(scored.num_classes)]
     labels = class_labels(scored.classes, scored.num_classes)

@@ -149,7 +149,7 @@ def test_grey_networks_that_recompute_are_looked_into_too(visualize, folder, kin
 BAD = {
     "attention {}/none.png": "none.png cannot be read as an image (No such file or directory)",
     "cam {}/one.png {}/broken.png": "broken.png cannot be read as an image",
-    "receptive-field {}/none": "none is neither a file nor a folder",
+    "receptive-field {}/none": "none does not exist",
     "receptive-field {}/rgb.pth": "rgb.pth cannot be read as an image",
     "receptive-field {}/one.png --images 0": "--images 0: give at least 1",
     "receptive-field {}/one.png {}/two.jpg --size own": "two.jpg is 64 x 64 pixels and the images before it are not",
@@ -208,8 +208,9 @@ def test_of_many_images_some_at_equal_distances_are_taken(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     assert [path.stem for path in image_files([tmp_path], 4)] == ["0", "2", "5", "7"]
     assert [path.stem for path in image_files([tmp_path / "1", tmp_path / "0" / "3.png"], 99)] == list("567893")
-    with pytest.raises(UserError, match="no images in there"):
-        image_files([tmp_path / "notes.txt"][:0], 4)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        image_files([tmp_path / "empty"], 4)
 
 
 @pytest.mark.parametrize(

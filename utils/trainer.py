@@ -43,6 +43,7 @@ from utils.resume import (
 from utils.seeding import number_for, seed_everything
 from utils.signals import StopSignals
 from utils.task import Task
+from utils.tracking import check_tracking
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ _log = logging.getLogger(__name__)
 def train(config: CfgNode, here: World, precision: Precision, task: Task) -> None:
     """Builds everything and runs the epochs."""
     with together():
+        if here.is_main:
+            check_tracking(config.WANDB)
         train_data, eval_data = task.open_data(config, here)
         seed_everything(number_for(config.SEED, "weights"))
         network = task.build_network(config, train_data)
@@ -168,7 +171,7 @@ def open_run(
     if is_main:
         at = training.progress
         checkpoint.remove_after(folder, at.epoch, at.place, keep=bool(config.MODEL.RESUME))
-        checkpoint.write_beside(folder / "config.yaml", lambda beside: beside.write_text(config.dump()))
+        checkpoint.write_text(folder / "config.yaml", config.dump())
     best = found.state["best"] if found and (folder / checkpoint.BEST).is_file() else None  # the best of this folder
     broken = BrokenImages(
         config.DATA.ON_ERROR == "skip", config.DATA.MAX_BROKEN, train_data.images, folder if is_main else None

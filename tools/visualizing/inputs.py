@@ -1,17 +1,16 @@
 """Image files -> what the network sees of them."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 from yacs.config import CfgNode
 
+from data.files import find_images
 from data.finish import Finish
 from data.transforms import Transform, eval_transform
 from utils.cli import Parser
@@ -75,25 +74,15 @@ class Inputs:
 
 
 def image_files(places: Sequence[Path], most: int) -> list[Path]:
-    """Image files, and those in folders and the folders within them, sorted by name in each place.
+    """The images that `find_images` finds, or so many of them.
 
     Args:
         places: Files and folders.
         most: How many to take; of more, some at equal distances.
 
     Raises:
-        UserError: If one does not exist, or there are none.
+        UserError: If one does not exist, or holds none.
     """
-    files: list[Path] = []
-    for place in places:
-        if place.is_dir():
-            found = [Path(folder, name) for folder, _, names in os.walk(place, followlinks=True) for name in names]
-            files += sorted(file for file in found if file.suffix.lower() in IMG_EXTENSIONS)
-        elif place.is_file():
-            files.append(place)
-        else:
-            raise UserError(f"{place} is neither a file nor a folder: name images or a folder of them")
-    if not files:
-        raise UserError(f"{', '.join(map(str, places))}: no images in there: name a folder of them")
+    files = find_images(places)
     count = min(most, len(files))
     return [files[i * len(files) // count] for i in range(count)]
