@@ -13,8 +13,6 @@ from utils.metrics import Score
 from utils.optim import Precision
 from utils.trained import Trained
 
-_HERE = World(0, 1, torch.device("cpu"))
-
 
 class Runtime(nn.Module):
     """An exported file in the place of a network."""
@@ -28,6 +26,11 @@ class Runtime(nn.Module):
         return self._run(images)
 
 
+def _alone() -> World:
+    """This process, with no other, on the CPU."""
+    return World(0, 1, torch.device("cpu"))
+
+
 def validation_data(trained: Trained, data_path: str) -> EvalData:
     """The validation images of a folder, prepared as the network's configuration says.
 
@@ -36,13 +39,15 @@ def validation_data(trained: Trained, data_path: str) -> EvalData:
     """
     config = trained.config.clone()
     config.DATA.DATA_PATH = data_path
-    return build_eval_data(config, _HERE, trained.classes, trained.network.num_classes)
+    return build_eval_data(config, _alone(), trained.classes, trained.network.num_classes)
 
 
 def score(run: Run, data: EvalData) -> tuple[Score, float]:
     """Scores a network or a file, and says how many images a second that took, loading included."""
     start = time.perf_counter()
-    result = evaluate(Runtime(run), data.loader, data.finish, _HERE, Precision("fp32", "cpu"), data.images, data.rounds)
+    result = evaluate(
+        Runtime(run), data.loader, data.finish, _alone(), Precision("fp32", "cpu"), data.images, data.rounds
+    )
     return result, result.images / (time.perf_counter() - start)
 
 
