@@ -2,6 +2,7 @@
 
 import torch
 from timm.data import Mixup
+from torch import nn
 from yacs.config import CfgNode
 
 from data.build import EvalData, TrainData, build_eval_data, build_mixup, build_train_data
@@ -26,6 +27,7 @@ def classification() -> Task:
         build_loss=build_loss,
         build_finish=_build_finish,
         build_mixup=_build_mixup,
+        build_predictor=_build_predictor,
         build_sums=_build_sums,
         compile=compile_blocks,
     )
@@ -49,6 +51,10 @@ def _build_finish(config: CfgNode, device: torch.device) -> Finish:
 
 def _build_mixup(config: CfgNode, network: GroupMixFormer) -> Mixup | None:
     return build_mixup(config, network.num_classes)
+
+
+def _build_predictor(_config: CfgNode, network: nn.Module) -> nn.Module:
+    return network
 
 
 def _build_sums(_data: EvalData, device: torch.device) -> ScoreSums:
