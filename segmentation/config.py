@@ -29,7 +29,7 @@ def default_config() -> CfgNode:
     config = shared.default_config()
     for name in ("DATASET", "INTERPOLATION", "LOADING"):
         del config.DATA[name]
-    del config.MODEL["LABEL_SMOOTHING"]
+    del config.MODEL["LABEL_SMOOTHING"], config["DISTILL"]
     config.DATA.update(
         {
             "TRAIN_SPLIT": "training",  # folder of images/ and of annotations/

@@ -15,6 +15,7 @@ from segmentation.metrics import SegmentationScore, SegmentationSums
 from segmentation.model import Segmenter, build_segmenter, compile_segmenter, load_to_start
 from utils import checkpoint
 from utils.dist import World
+from utils.optim import Precision
 from utils.task import Task
 
 _log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def _build_loss(config: CfgNode) -> nn.Module:
     return SegmentationLoss(config.MODEL.DECODER.AUX_WEIGHT)
 
 
-def _build_mixup(_config: CfgNode, _network: nn.Module) -> None:
+def _build_mixup(_config: CfgNode, _network: nn.Module, _precision: Precision) -> None:
     return None
 
 
