@@ -26,6 +26,7 @@ class Task:
         build_loss: Configuration -> loss of what the network answers in training, and targets.
         build_finish: (configuration, device) -> what makes the network's input of training images.
         build_mixup: (configuration, network, precision) -> what is done to images and targets of a batch, or None.
+        build_predictor: (configuration, network) -> what answers for the network in evaluation.
         build_sums: (validation data, device) -> what adds up the score.
         compile: Has torch.compile take the network, in place.
     """
@@ -37,5 +38,6 @@ class Task:
     build_loss: Callable[[CfgNode], nn.Module]
     build_finish: Callable[[CfgNode, torch.device], Callable[[Any], Any]]
     build_mixup: Callable[[CfgNode, nn.Module, Precision], Callable[[Any, Any], tuple[Any, Any]] | None]
+    build_predictor: Callable[[CfgNode, nn.Module], nn.Module]
     build_sums: Callable[[EvalData, torch.device], Sums]
     compile: Callable[[nn.Module], None]
