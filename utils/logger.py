@@ -87,7 +87,7 @@ class MetricsLog:
         if folder and self._path:
             lines = [line for line in read_metrics(self._path) if line["update"] <= update]
             if not is_scored:
-                lines = [line for line in lines if line["update"] < update or "acc1" not in line]
+                lines = [line for line in lines if line["update"] < update or "lr" in line]
             text = "".join(json.dumps(line) + "\n" for line in lines)
             write_beside(self._path, lambda beside: beside.write_text(text))
             with self._writing():

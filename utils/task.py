@@ -26,7 +26,7 @@ class Task:
         build_finish: (configuration, device) -> what makes the network's input of training images.
         build_mixup: (configuration, network) -> what mixes images and targets, or None.
         build_sums: (validation data, device) -> what adds up the score.
-        compile: Has torch.compile take the network, in place.
+        compile: Has torch.compile take the network, in place; None where there is no TRAIN.COMPILE to ask for it.
     """
 
     measures: Mapping[str, str]
@@ -37,4 +37,4 @@ class Task:
     build_finish: Callable[[CfgNode, torch.device], Callable[[Any], Any]]
     build_mixup: Callable[[CfgNode, nn.Module], Callable[[Any, Any], tuple[Any, Any]] | None]
     build_sums: Callable[[EvalData, torch.device], Sums]
-    compile: Callable[[nn.Module], None]
+    compile: Callable[[nn.Module], None] | None
