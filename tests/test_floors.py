@@ -9,7 +9,7 @@ from helpers_unit import ROOT
 
 PACKAGES = ("utils", "models", "data", "tools", "segmentation", "detection")
 # Given built objects, above models and data.
-LOOPS = {"utils.engine", "utils.report", "utils.resume", "utils.scoring", "utils.trained"}
+LOOPS = {"utils.distillation", "utils.engine", "utils.report", "utils.resume", "utils.scoring", "utils.trained"}
 RUNS = {
     "utils.classification",
     "utils.keeper",

@@ -1,7 +1,7 @@
 """The task of classifying images."""
 
 import torch
-from timm.data import Mixup
+from torch import nn
 from yacs.config import CfgNode
 
 from data.build import EvalData, TrainData, build_eval_data, build_mixup, build_train_data
@@ -10,8 +10,9 @@ from data.finish import Finish
 from models.build import build_model, compile_blocks
 from models.groupmixformer import GroupMixFormer
 from utils.dist import World
+from utils.distillation import DistillationLoss, Mix, build_teacher, check_teacher
 from utils.metrics import Score, ScoreSums
-from utils.optim import build_loss
+from utils.optim import Precision, build_loss
 from utils.resume import start_from_pretrained
 from utils.task import Task
 
@@ -23,7 +24,7 @@ def classification() -> Task:
         open_data=_open_data,
         build_network=_build_network,
         start_from_pretrained=start_from_pretrained,
-        build_loss=build_loss,
+        build_loss=_build_loss,
         build_finish=_build_finish,
         build_mixup=_build_mixup,
         build_sums=_build_sums,
@@ -36,6 +37,8 @@ def _open_data(config: CfgNode, here: World) -> tuple[TrainData, EvalData]:
     count_classes(config, train_data.classes)
     eval_data = build_eval_data(config, here, known=None, num_classes=None)
     check_same_classes(train_data.classes, eval_data.classes)
+    if config.DISTILL.TEACHER:
+        check_teacher(config, train_data.classes)
     return train_data, eval_data
 
 
@@ -43,12 +46,22 @@ def _build_network(config: CfgNode, data: TrainData) -> GroupMixFormer:
     return build_model(config, count_classes(config, data.classes))
 
 
+def _build_loss(config: CfgNode) -> nn.Module:
+    loss, distill = build_loss(config), config.DISTILL
+    if not distill.TEACHER:
+        return loss
+    return DistillationLoss(loss, distill.ALPHA, distill.TEMPERATURE, hard=distill.KIND == "hard")
+
+
 def _build_finish(config: CfgNode, device: torch.device) -> Finish:
     return Finish(config, device, is_training=True)
 
 
-def _build_mixup(config: CfgNode, network: GroupMixFormer) -> Mixup | None:
-    return build_mixup(config, network.num_classes)
+def _build_mixup(config: CfgNode, network: GroupMixFormer, precision: Precision) -> Mix | None:
+    mixup = build_mixup(config, network.num_classes)
+    if not config.DISTILL.TEACHER:
+        return mixup
+    return build_teacher(config, network.num_classes, mixup, precision, network.stem.conv1.weight.device)
 
 
 def _build_sums(_data: EvalData, device: torch.device) -> ScoreSums:

@@ -109,6 +109,13 @@ def default_config() -> CfgNode:
                 "MIXUP_SWITCH_PROB": 0.5,
                 "MIXUP_MODE": "batch",
             },
+            "DISTILL": {
+                "TEACHER": "",  # a checkpoint of this code, or a network of timm; empty: no distillation
+                "WEIGHTS": "",  # file of a timm teacher's weights; empty: those that timm downloads
+                "KIND": "soft",  # or hard: the teacher's first class alone
+                "ALPHA": 0.5,  # share of the teacher in the loss
+                "TEMPERATURE": 1.0,
+            },
             "TEST": {"CROP": True},  # False: squash the whole image into the square
             "DEVICE": "auto",
             "RANK_TIMEOUT": 600,  # seconds that ranks wait for one another
@@ -136,6 +143,7 @@ _CHOICES = {
     "TRAIN.RECOMPUTE": ("all", "cheap"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
+    "DISTILL.KIND": ("soft", "hard"),
     "AUG.REMODE": ("pixel", "rand", "const"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "DEVICE": ("auto", "cpu", "cuda"),
@@ -183,6 +191,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "AUG.CUTMIX": (0, math.inf, "a strength"),
     "AUG.MIXUP_PROB": (0, 1, "a probability"),
     "AUG.MIXUP_SWITCH_PROB": (0, 1, "a probability"),
+    "DISTILL.ALPHA": (0, 1, "a share"),
+    "DISTILL.TEMPERATURE": (1e-3, math.inf, "a temperature"),
     "SAVE_FREQ": (1, math.inf, "epochs"),
     "KEEP": (1, math.inf, "checkpoints"),
     "PRINT_FREQ": (1, math.inf, "updates"),

@@ -44,7 +44,7 @@ class Training:
         scaler: torch's loss scaler, idle outside fp16.
         ema: timm's moving average, if there is one.
         finish: Makes the model's input of 8-bit images on the device; may draw, and is seeded for each step.
-        mixup: Mixes images and targets, if it is on.
+        mixup: What is done to the finished images and the targets, if anything is; may draw, and is seeded likewise.
         precision: How the network computes.
         world: This process among all.
         steps: Steps and updates of the run.
@@ -63,7 +63,7 @@ class Training:
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
     finish: Callable[[Any], Any]
-    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    mixup: Callable[[Any, Any], tuple[Any, Any]] | None
     precision: Precision
     world: World
     steps: Steps

@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 from data.build import EvalData, TrainData
 from utils.dist import World
 from utils.metrics import Sums
+from utils.optim import Precision
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Task:
         start_from_pretrained: (configuration, network): loads the weights that --pretrained names, if it does.
         build_loss: Configuration -> loss of what the network answers in training, and targets.
         build_finish: (configuration, device) -> what makes the network's input of training images.
-        build_mixup: (configuration, network) -> what mixes images and targets, or None.
+        build_mixup: (configuration, network, precision) -> what is done to images and targets of a batch, or None.
         build_sums: (validation data, device) -> what adds up the score.
         compile: Has torch.compile take the network, in place; None where there is no TRAIN.COMPILE to ask for it.
     """
@@ -35,6 +36,6 @@ class Task:
     start_from_pretrained: Callable[[CfgNode, nn.Module], None]
     build_loss: Callable[[CfgNode], nn.Module]
     build_finish: Callable[[CfgNode, torch.device], Callable[[Any], Any]]
-    build_mixup: Callable[[CfgNode, nn.Module], Callable[[Any, Any], tuple[Any, Any]] | None]
+    build_mixup: Callable[[CfgNode, nn.Module, Precision], Callable[[Any, Any], tuple[Any, Any]] | None]
     build_sums: Callable[[EvalData, torch.device], Sums]
     compile: Callable[[nn.Module], None] | None
