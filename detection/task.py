@@ -14,6 +14,7 @@ from detection.metrics import BoxScore, DetectionSums, MaskScore
 from detection.model import Detector, SumOfLosses, build_detector, load_start
 from utils import checkpoint
 from utils.dist import World
+from utils.optim import Precision
 from utils.task import Task
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def _build_finish(_config: CfgNode, _device: torch.device) -> Callable[[Batch], 
     return finish
 
 
-def _build_mixup(_config: CfgNode, _network: Detector) -> None:
+def _build_mixup(_config: CfgNode, _network: Detector, _precision: Precision) -> None:
     """None: images of several sizes are not mixed."""
 
 
