@@ -3,16 +3,23 @@
 Usage:
     python test.py --cfg configs/groupmixformer_small.yaml --data-path D --pretrained weights.pth
     torchrun --nproc_per_node 8 test.py --cfg configs/groupmixformer_small.yaml --data-path D --resume best.pth --ema
+    python test.py --cfg configs/groupmixformer_small.yaml --data-path D --resume best.pth --report report
 """
 
 import argparse
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
 
 from utils.cli import check_report, config_from, make_parser, run
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from utils.outcomes import Outcomes
+    from utils.scoring import Scored
 
 _log = logging.getLogger(__name__)
 
@@ -24,24 +31,31 @@ def main() -> None:
     parser.add_argument("--random-weights", action="store_true", help="score a network that knows nothing")
     parser.add_argument("--fuse", action="store_true", help="rewrite the network for inference first (models/fuse.py)")
     parser.add_argument("--json", metavar="FILE", help="write the score there too")
+    parser.add_argument(
+        "--report", metavar="DIR", help="write the score of each class, confusion, calibration and mistakes there"
+    )
     arguments = parser.parse_args()
     config = config_from(arguments)
-    report = Path(arguments.json) if arguments.json else None
-    check_report(report)
-    score_or_measure(arguments, config, report)
+    check_report(Path(arguments.json) if arguments.json else None)
+    if arguments.report and config.THROUGHPUT_MODE:
+        raise UserError("--report tells of a score, and --throughput makes none: leave one of them out")
+    score_or_measure(arguments, config)
 
 
-def score_or_measure(arguments: argparse.Namespace, config: CfgNode, report: Path | None) -> None:
+def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
     """Scores, and prints and writes the result on rank 0; or measures the throughput."""
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from models.build import build_model
     from models.fuse import fuse
-    from utils.dist import world
+    from utils.dist import together, world
     from utils.logger import setup_logging
     from utils.optim import choose_scoring_precision
+    from utils.outcomes import OutcomeSums
+    from utils.report_folder import check_report_folder
     from utils.scoring import score_weights
     from utils.throughput import throughput_line
 
+    folder = Path(arguments.report) if arguments.report else None
     with world(config.DEVICE, config.RANK_TIMEOUT) as here:
         setup_logging(here.is_main)
         precision = choose_scoring_precision(config, here.device, _log.info)
@@ -50,33 +64,51 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode, report: Pat
             network = fuse(network) if arguments.fuse else network
             _log.info(throughput_line(network, config, here.device, precision))
             return
-        result, images_per_s = score_weights(
-            config, here, precision, arguments.ema, arguments.random_weights, arguments.fuse
-        )
-        if not here.is_main:
-            return
-        print(f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}")
-        _log.info(
-            "%d images (%d and %d correct), loss %.4f, %.1f images/s, %s on %d x %s",
-            result.images, result.correct1, result.correct5, result.loss, images_per_s, precision.name, here.size,
-            here.device.type,
-        )  # fmt: skip
-        if report:
-            values = {
-                "acc1": result.acc1,
-                "acc5": result.acc5,
-                "loss": result.loss,
-                "images": result.images,
-                "correct1": result.correct1,
-                "correct5": result.correct5,
-                "images_per_s": images_per_s,
-                "ranks": here.size,
-                "precision": precision.name,
-                "weights": config.MODEL.RESUME or config.MODEL.PRETRAINED or "random",
-                "ema": arguments.ema,
-                "fused": arguments.fuse,
-            }
-            report.write_text(json.dumps(values, indent=2) + "\n")
+        with together():
+            if folder and here.is_main:
+                check_report_folder(folder)
+        sums = OutcomeSums(here) if folder else None
+        scored = score_weights(config, here, precision, arguments.ema, arguments.random_weights, arguments.fuse, sums)
+        result = scored.score
+        facts = {
+            "acc1": result.acc1,
+            "acc5": result.acc5,
+            "loss": result.loss,
+            "images": result.images,
+            "correct1": result.correct1,
+            "correct5": result.correct5,
+            "images_per_s": scored.images_per_s,
+            "ranks": here.size,
+            "precision": precision.name,
+            "weights": config.MODEL.RESUME or config.MODEL.PRETRAINED or "random",
+            "ema": arguments.ema,
+            "fused": arguments.fuse,
+        }
+        if here.is_main:
+            print(f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}")
+            _log.info(
+                "%d images (%d and %d correct), loss %.4f, %.1f images/s, %s on %d x %s",
+                result.images, result.correct1, result.correct5, result.loss, scored.images_per_s, precision.name,
+                here.size, here.device.type,
+            )  # fmt: skip
+            if arguments.json:
+                Path(arguments.json).write_text(json.dumps(facts, indent=2) + "\n")
+        outcomes = sums.outcomes() if sums else None
+        with together():
+            if outcomes and here.is_main:
+                report_on(outcomes, scored, config, facts, folder)
+
+
+def report_on(outcomes: "Outcomes", scored: "Scored", config: CfgNode, facts: dict[str, Any], folder: Path) -> None:
+    """Writes the report into its folder."""
+    from data.names import class_labels
+    from utils.scoring_report import write_report
+
+    classes = scored.classes or [str(number) for number in range(scored.num_classes)]
+    labels = class_labels(scored.classes, scored.num_classes)
+    facts = facts | {"network": config.MODEL.NAME, "data": config.DATA.DATA_PATH, "image_size": config.DATA.IMG_SIZE}
+    write_report(folder, outcomes, classes, labels, scored.data.source, facts)
+    _log.info("report: %s", folder / "index.html")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main() -> None:
     with world(config.DEVICE, config.RANK_TIMEOUT) as here:
         setup_logging(here.is_main)
         if config.EVAL_MODE:
-            score, _ = score_weights(config, here, choose_scoring_precision(config, here.device, _log.info))
+            score = score_weights(config, here, choose_scoring_precision(config, here.device, _log.info)).score
             _log.info(f" * Acc@1 {score.acc1:.3f} Acc@5 {score.acc5:.3f}")
             return
         precision = choose_precision(config, here.device, _log.info)

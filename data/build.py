@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from yacs.config import CfgNode
 
-from data.datasets import ImageSamples, ImageStream, Sample, check_same_classes, map_classes, open_split
+from data.datasets import ImageSamples, ImageStream, Sample, Source, check_same_classes, map_classes, open_split
 from data.finish import Finish
 from data.samplers import EvalSampler, TrainBatchSampler
 from data.transforms import eval_transform, train_transform
@@ -72,6 +72,11 @@ class EvalData:
     classes: list[str] | None
     images: int
     rounds: int
+
+    @property
+    def source(self) -> Source | None:
+        """The images, to name them and look at some again; None for a stream, which can do neither."""
+        return None if isinstance(self.loader.dataset, ImageStream) else self.loader.dataset.source
 
 
 def build_train_data(config: CfgNode, world: World) -> TrainData:

@@ -67,6 +67,11 @@ class Score:
         return 100 * self.correct5 / self.images
 
 
+def top5(logits: Tensor) -> Tensor:
+    """The numbers of the five most probable classes, or of all where there are fewer: [B, 5] of logits [B, classes]."""
+    return logits.float().topk(min(5, logits.shape[1]), dim=1).indices
+
+
 class ScoreSums:
     """Adds up a classifier's scores on the device, without waiting for it, and over ranks once at the end."""
 
@@ -76,11 +81,10 @@ class ScoreSums:
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Adds a batch: logits [B, classes] and class numbers [B]."""
-        logits = logits.float()
-        first = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        hits = top5(logits) == targets[:, None]
         seen = torch.full((), len(targets), device=targets.device)
-        self._counts += torch.stack([seen, first[:, 0].sum(), first.sum()])
-        self._loss += nn.functional.cross_entropy(logits, targets, reduction="sum").double()
+        self._counts += torch.stack([seen, hits[:, 0].sum(), hits.sum()])
+        self._loss += nn.functional.cross_entropy(logits.float(), targets, reduction="sum").double()
 
     def total(self) -> Score:
         """The score over all ranks; every rank must ask."""

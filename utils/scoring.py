@@ -2,23 +2,43 @@
 
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from yacs.config import CfgNode
 
-from data.build import build_eval_data
+from data.build import EvalData, build_eval_data
 from models.build import build_model, load_weights
 from models.fuse import fuse
 from utils import checkpoint
 from utils.dist import World, together
 from utils.engine import evaluate
 from utils.errors import UserError
-from utils.metrics import Score
+from utils.metrics import Score, ScoreSums
 from utils.optim import Precision, memory_format
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What scoring weights gave.
+
+    Attributes:
+        score: The score.
+        images_per_s: Images per second including loading.
+        num_classes: The network's.
+        classes: Their names by number, where the checkpoint or the data tells.
+        data: What was scored on.
+    """
+
+    score: Score
+    images_per_s: float
+    num_classes: int
+    classes: list[str] | None
+    data: EvalData
 
 
 def weights_file(config: CfgNode) -> str:
@@ -44,7 +64,8 @@ def score_weights(
     use_ema: bool = False,
     random_weights: bool = False,
     fused: bool = False,
-) -> tuple[Score, float]:
+    sums: ScoreSums | None = None,
+) -> Scored:
     """Scores weights on the validation data, every image once.
 
     Args:
@@ -54,9 +75,7 @@ def score_weights(
         use_ema: Whether to take the moving average out of the checkpoint.
         random_weights: Whether to score fresh weights instead of a checkpoint's.
         fused: Whether to rewrite the network for inference first.
-
-    Returns:
-        The score, and images per second including loading.
+        sums: Adds up the score, where more is wanted of it.
 
     Raises:
         UserError: If weights, data and configuration do not fit together.
@@ -88,9 +107,18 @@ def score_weights(
                 len(classes),
             )
     start = time.perf_counter()
-    score = evaluate(network, eval_data.loader, eval_data.finish, world, precision, eval_data.images, eval_data.rounds)
+    score = evaluate(
+        network,
+        eval_data.loader,
+        eval_data.finish,
+        world,
+        precision,
+        eval_data.images,
+        eval_data.rounds,
+        sums=sums,
+    )
     seconds = time.perf_counter() - start
-    return score, score.images / seconds
+    return Scored(score, score.images / seconds, network.num_classes, classes or eval_data.classes, eval_data)
 
 
 def choose_weights(state: dict[str, Any], use_ema: bool, source: str) -> dict[str, torch.Tensor]:

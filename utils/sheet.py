@@ -1,0 +1,104 @@
+"""A contact sheet: pictures in a grid of equal cells, each with caption lines below it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from utils.checkpoint import write_beside
+
+RIGHT, WRONG, PLAIN = "#1a7f37", "#c62828", "#202020"  # colours of captions
+_MARGIN = 10  # pixels
+_SMALLEST_FONT = 11  # pixels
+_WHITE = "#ffffff"
+
+
+def contact_sheet(
+    pictures: Sequence[tuple[Image.Image, Sequence[str]]],
+    columns: int,
+    size: int = 192,
+    colours: Sequence[Sequence[str]] | None = None,
+) -> Image.Image:
+    """Draws pictures in rows, from left to right, each scaled to fit into a square, and its captions below it.
+
+    Args:
+        pictures: Images of any mode and size, each with its caption lines. Lines wider than a cell end in an ellipsis.
+            Images of more than 8 bits a channel are drawn from their least value in black to their greatest in white.
+        columns: Pictures of a row, at least 1; fewer where there are fewer pictures.
+        size: Width of a cell and side of its square, in pixels.
+        colours: For each picture the colours of its caption lines, as PIL takes them; the last one holds for the
+            lines after it. All lines are dark if None or empty.
+
+    Returns:
+        The sheet, in RGB.
+    """
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns) if columns else 0
+    font = _font(size)
+    line_height = sum(font.getmetrics())
+    heights = [
+        size + line_height * max(len(lines) for _, lines in pictures[row * columns : (row + 1) * columns])
+        for row in range(rows)
+    ]
+    sheet = Image.new("RGB", (columns * (size + _MARGIN) + _MARGIN, sum(heights) + (rows + 1) * _MARGIN), _WHITE)
+    draw = ImageDraw.Draw(sheet)
+    for number, (image, lines) in enumerate(pictures):
+        row, column = divmod(number, columns)
+        left, top = _MARGIN + column * (size + _MARGIN), sum(heights[:row]) + (row + 1) * _MARGIN
+        fitted = _fit(image, size)
+        sheet.paste(fitted, (left + (size - fitted.width) // 2, top + (size - fitted.height) // 2))
+        of_lines = (colours[number] if colours else None) or [PLAIN]
+        for i, line in enumerate(lines):
+            place = (left, top + size + i * line_height)
+            draw.text(place, _shorten(line, font, size), of_lines[min(i, len(of_lines) - 1)], font)
+    return sheet
+
+
+def write_png(image: Image.Image, path: Path) -> None:
+    """Writes a PNG, whole or not at all.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    write_beside(path, lambda beside: image.save(beside, format="PNG", optimize=True))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's own font, which has Greek and Cyrillic letters, too; a letter that it lacks is drawn as a box."""
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(path), max(_SMALLEST_FONT, size // 15))
+
+
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    """An image in RGB, on white where it is transparent, whose longer side is `size` pixels."""
+    if image.mode.startswith(("I", "F")):
+        image = _stretch(image)
+    if image.mode == "La":  # which PIL converts to LA only
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)
+    scale = size / max(image.size)
+    wanted = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    return image.convert("RGB").resize(wanted, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
+
+
+def _stretch(image: Image.Image) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    low, high = values.min(), values.max()
+    return Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8))
+
+
+def _shorten(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """As much of a line as is no wider than so many pixels, with an ellipsis where that is not all."""
+    line = " ".join(line.encode(errors="replace").decode().split())  # names of files may hold what is no text
+    if font.getlength(line) <= width:
+        return line
+    low, high = 0, len(line)  # so many characters fit, so many do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = font.getlength(line[:middle].rstrip() + "…") <= width
+        low, high = (middle, high) if fits else (low, middle)
+    return line[:low].rstrip() + "…"
