@@ -20,6 +20,7 @@ _OTHER_KEYS = (
     ("MODEL.GMA", "NUM_CLASSES"),
 )
 
+GROUPS = 32  # of group norms
 _CHOICES = {"MODEL.DETECTOR.NAME": ("mask_rcnn", "faster_rcnn", "retinanet")}
 _RANGES: dict[str, tuple[float, float, str]] = {
     "DATA.LONG_SIDE": (32, math.inf, "pixels"),
@@ -62,7 +63,8 @@ def default_config() -> CfgNode:
             "FPN_CHANNELS": 256,
             "ANCHOR_SIZES": [32, 64, 128, 256, 512],  # pixels, of the pyramid's levels from the finest on
             "ANCHOR_RATIOS": [0.5, 1.0, 2.0],  # height over width
-            "HEAD_WIDTH": 1024,  # this and the next three not of retinanet
+            "HEAD_NORM": False,  # group norms in retinanet's heads, of which small ones learn faster
+            "HEAD_WIDTH": 1024,  # of the others' box head; the next three are theirs too
             "PROPOSALS": 1000,  # that the second stage looks at
             "RPN_SAMPLES": 256,  # anchors of an image that the first stage learns from at once
             "BOX_SAMPLES": 512,  # proposals of an image that the second stage learns from at once
@@ -101,6 +103,11 @@ def check(config: CfgNode) -> None:
     if max(sides) > config.DATA.LONG_SIDE:
         raise UserError(
             f"DATA.SHORT_SIDES is {sides}, above DATA.LONG_SIDE {config.DATA.LONG_SIDE}: raise that, or lower them"
+        )
+    if settings.HEAD_NORM and (settings.NAME != "retinanet" or settings.FPN_CHANNELS % GROUPS):
+        raise UserError(
+            f"MODEL.DETECTOR.HEAD_NORM is for retinanet with a multiple of {GROUPS} FPN_CHANNELS, and this is "
+            f"{settings.NAME} with {settings.FPN_CHANNELS}: set it to False or change these"
         )
     for name in ("ANCHOR_SIZES", "ANCHOR_RATIOS"):
         if not settings[name] or min(settings[name]) <= 0:

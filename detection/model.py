@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from yacs.config import CfgNode
 
 from detection.batch import Batch, Objects
+from detection.config import GROUPS
 from models.build import build_model, load_weights
 from models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
 from utils.errors import UserError
@@ -157,10 +160,13 @@ def build_detector(config: CfgNode, num_classes: int) -> Detector:
         "image_std": data.STD,
     }
     if is_retinanet:
+        norm = partial(nn.GroupNorm, GROUPS) if settings.HEAD_NORM else None
+        head = RetinaNetHead(channels, len(octave) * len(settings.ANCHOR_RATIOS), num_classes, norm)
         detector: nn.Module = RetinaNet(
             pyramid,
             num_classes,
             anchor_generator=anchors,
+            head=head,
             score_thresh=settings.SCORE_THRESHOLD,
             nms_thresh=settings.NMS_THRESHOLD,
             detections_per_img=settings.MAX_DETECTIONS,

@@ -144,6 +144,22 @@ def test_classes_are_numbered_from_0_around_detectors_whose_first_is_the_backgro
     assert network.eval()(batch(objects()))[0]["labels"].tolist() == [0, 2]
 
 
+def test_retinanets_heads_have_group_norms_where_they_are_asked_for():
+    plain, normed = (
+        build(*RETINANET, "MODEL.DETECTOR.FPN_CHANNELS", 32, "MODEL.DETECTOR.HEAD_NORM", on) for on in (False, True)
+    )
+    for network, wanted in ((plain, 0), (normed, 8)):
+        assert sum(isinstance(module, nn.GroupNorm) for module in network.detector.head.modules()) == wanted
+    assert {name for name in plain.state_dict() if "backbone" in name} <= set(normed.state_dict())
+
+
+@pytest.mark.parametrize("options", [("FPN_CHANNELS", 48), ("NAME", "mask_rcnn", "FPN_CHANNELS", 32)])
+def test_group_norms_that_cannot_be_are_refused(options):
+    words = [f"MODEL.DETECTOR.{word}" if word in ("FPN_CHANNELS", "NAME") else word for word in options]
+    with pytest.raises(UserError, match="HEAD_NORM is for retinanet with a multiple of 32 FPN_CHANNELS"):
+        check(configured(*RETINANET, "MODEL.DETECTOR.HEAD_NORM", True, *words))
+
+
 def test_losses_are_added_up():
     losses = {"one": torch.tensor(1.5), "other": torch.tensor(2.0)}
     assert SumOfLosses()(losses, None) == 3.5

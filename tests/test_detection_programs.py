@@ -62,9 +62,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 def test_two_ranks_train_and_score_every_image_once(start, call, detector_words, coco_tree, tmp_path):
-    words = detector_words(
-        tmp_path, "TRAIN.EPOCHS 1 DATA.BATCH_SIZE 1 TRAIN.EMA_DECAY 0.0 MODEL.DETECTOR.SCORE_THRESHOLD 0"
-    )
+    words = detector_words(tmp_path, "TRAIN.EPOCHS 1 TRAIN.EMA_DECAY 0.0 MODEL.DETECTOR.SCORE_THRESHOLD 0")
     trained = start("detection/train.py", *words, ranks=2)
     assert trained.code == 0, trained.stderr
     reached = [json.loads(line) for line in (tmp_path / "tiny" / "run" / "metrics.jsonl").read_text().splitlines()]
