@@ -18,7 +18,7 @@ from utils.cli import check_report, config_from, make_parser, run
 from utils.errors import UserError
 
 if TYPE_CHECKING:
-    from utils.outcomes import Outcomes
+    from utils.reporting.outcomes import Outcomes
     from utils.scoring import Scored
 
 _log = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
     from utils.dist import together, world
     from utils.logger import setup_logging
     from utils.optim import choose_scoring_precision
-    from utils.outcomes import OutcomeSums
-    from utils.report_folder import check_report_folder
+    from utils.reporting.folder import check_report_folder
+    from utils.reporting.outcomes import OutcomeSums
     from utils.scoring import score_weights
     from utils.throughput import throughput_line
 
@@ -102,7 +102,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
 def report_on(outcomes: "Outcomes", scored: "Scored", config: CfgNode, facts: dict[str, Any], folder: Path) -> None:
     """Writes the report into its folder."""
     from data.names import class_labels
-    from utils.scoring_report import write_report
+    from utils.reporting.scoring_report import write_report
 
     classes = scored.classes or [str(number) for number in range(scored.num_classes)]
     labels = class_labels(scored.classes, scored.num_classes)

@@ -135,9 +135,9 @@ def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_
         UserError: If the data is missing or has classes that the network does not know.
     """
     data, transform = config.DATA, eval_transform(config)
-    finish = Finish(config, world.device, is_training=False)
     source = open_split(config, data.VAL_SPLIT, is_training=False)
     if isinstance(source, IterableImageDataset):
+        finish = Finish(config, world.device, is_training=False)
         source.set_loader_cfg(num_workers=_workers(config, world))
         stream = ImageStream(source, transform, world, seed=None)
         if stream.classes is not None and known is not None:
@@ -145,10 +145,22 @@ def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_
         loader = DataLoader(stream, data.BATCH_SIZE, **loader_settings(config, world))
         return EvalData(loader, finish, stream.classes, source.reader.num_samples or 0, rounds=0)
     to_class = map_classes(source.classes, known, num_classes or len(source.classes or []))
-    samples = ImageSamples(source, transform, to_class)
+    return eval_data(ImageSamples(source, transform, to_class), config, world)
+
+
+def eval_data(samples: ImageSamples, config: CfgNode, world: World) -> EvalData:
+    """This rank's share of images with random access, for evaluation.
+
+    Args:
+        samples: All images, transformed.
+        config: The configuration.
+        world: This process among all.
+    """
+    source, batch_size = samples.source, config.DATA.BATCH_SIZE
     sampler = EvalSampler(len(source), world.rank, world.size)
-    loader = DataLoader(samples, data.BATCH_SIZE, sampler=sampler, **loader_settings(config, world))
-    rounds = math.ceil(len(source) // world.size / data.BATCH_SIZE)
+    loader = DataLoader(samples, batch_size, sampler=sampler, **loader_settings(config, world))
+    rounds = math.ceil(len(source) // world.size / batch_size)
+    finish = Finish(config, world.device, is_training=False)
     return EvalData(loader, finish, source.classes, len(source), rounds)
 
 

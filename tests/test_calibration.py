@@ -6,7 +6,7 @@ from helpers_unit import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.calibration import calibrate
+from utils.reporting.calibration import calibrate
 
 ANSWERS = st.lists(st.tuples(st.booleans(), st.floats(0.001, 1)), min_size=1, max_size=60)
 

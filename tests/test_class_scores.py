@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, precision_recall_fscore_support
 
-from utils import class_scores
-from utils.class_scores import Confusion, confusions, score_classes
-from utils.outcomes import Outcomes
+from utils.reporting import class_scores
+from utils.reporting.class_scores import Confusion, confusions, score_classes
+from utils.reporting.outcomes import Outcomes
 
 pytestmark = pytest.mark.filterwarnings("ignore:A single label was found")
 

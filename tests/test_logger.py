@@ -14,10 +14,12 @@ from helpers_unit import ROOT
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from utils.config import default_config
 from utils.curves import draw_curves
 from utils.errors import UserError
 from utils.logger import MetricsLog, read_metrics, setup_logging
 from utils.metrics import Score
+from utils.tracking import Tracker, check_tracking
 
 
 @pytest.fixture
@@ -176,13 +178,161 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_score_that_will_be_taken_again_is_forgotten(tmp_path):
+@pytest.mark.parametrize("measure", ["acc1", "miou"])
+def test_a_score_that_will_be_taken_again_is_forgotten(tmp_path, measure):
     lines = [score(2), progress(3), progress(4), score(4), progress(5)]
+    for values in (lines[0], lines[3]):
+        values[measure] = values.pop("acc1")
     text = "".join(json.dumps(values) + "\n" for values in lines)
     for is_scored, left in ((True, lines[:4]), (False, lines[:3])):
         (tmp_path / "metrics.jsonl").write_text(text)
         MetricsLog(tmp_path, 4, is_scored).close()
         assert read_metrics(tmp_path / "metrics.jsonl") == left
+
+
+# Weights & Biases
+
+WANDB = """
+import json, pathlib
+
+class Settings:
+    pass
+
+class Run:
+    def __init__(self, path):
+        self._path = path
+    def _tell(self, kind, value):
+        with open(self._path, "a") as file:
+            file.write(json.dumps([kind, value]) + "\\n")
+    def define_metric(self, name, step_metric):
+        self._tell("axis", [name, step_metric])
+    def log(self, values):
+        if FAILS == "log":
+            raise ConnectionError("the network is gone\\nand more")
+        self._tell("log", values)
+    def finish(self, exit_code):
+        if FAILS == "finish":
+            raise TimeoutError("not all was sent")
+        self._tell("finish", exit_code)
+
+def init(**settings):
+    if FAILS == "init":
+        raise RuntimeError("no API key\\nand more")
+    run = Run(pathlib.Path(settings["dir"]) / "told.jsonl")
+    run._tell("init", settings)
+    return run
+"""
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """Installs a wandb that writes what it is told into a file of the run's folder: `wandb(fails="log")`."""
+
+    def install(fails=""):
+        place = tmp_path / f"site_{fails}"
+        place.mkdir()
+        (place / "wandb.py").write_text(f"FAILS = {fails!r}\n{WANDB}")
+        monkeypatch.syspath_prepend(place)
+        monkeypatch.delitem(sys.modules, "wandb", raising=False)
+
+    yield install
+    sys.modules.pop("wandb", None)
+
+
+def told(folder, kind):
+    """What the wandb of the fixture was told."""
+    lines = map(json.loads, (folder / "told.jsonl").read_text().splitlines())
+    return [value for what, value in lines if what == kind]
+
+
+def tracked(folder, project="digits"):
+    folder.mkdir(exist_ok=True)
+    config = default_config()
+    config.WANDB = project
+    return Tracker(folder, config)
+
+
+def test_weights_and_biases_gets_the_scalars_of_tensorboard_over_updates(tmp_path, wandb):
+    wandb()
+    tracker = tracked(tmp_path / "run")
+    log = MetricsLog(tmp_path / "run", tracker=tracker)
+    log.write(line(1), {"loss": 1.0, "lr": 0.5})
+    log.write(line(2, epoch=1), {"Acc@1": 71.5})
+    log.close()
+    tracker.close()
+    assert told(tmp_path / "run", "axis") == [["*", "update"]]
+    assert told(tmp_path / "run", "log") == [
+        {"update": 1, "epoch": 0, "loss": 1.0, "lr": 0.5},
+        {"update": 2, "epoch": 1, "Acc@1": 71.5},
+    ]
+    assert told(tmp_path / "run", "finish") == [0]
+    [settings] = told(tmp_path / "run", "init")
+    assert settings["project"] == "digits" and settings["name"] == "groupmixformer/default"
+    assert settings["config"]["TRAIN"]["BASE_LR"] == 5e-4 and settings["config"]["WANDB"] == "digits"
+
+
+def test_a_run_that_goes_on_goes_on_under_the_same_id_and_another_run_has_another(tmp_path, wandb):
+    wandb()
+    for name in ("one", "one", "other"):
+        tracked(tmp_path / name).close()
+    first, again = told(tmp_path / "one", "init")
+    [other] = told(tmp_path / "other", "init")
+    assert first["id"] == again["id"] == (tmp_path / "one" / "wandb_id").read_text()
+    assert first["resume"] == "allow"
+    assert other["id"] != first["id"]
+
+
+def test_a_run_that_ends_with_an_error_has_failed(tmp_path, wandb):
+    wandb()
+    tracker = tracked(tmp_path / "run")
+    with pytest.raises(UserError):
+        try:
+            raise UserError("broken")
+        finally:
+            tracker.close()
+    assert told(tmp_path / "run", "finish") == [1]
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_a_network_that_fails_is_told_of_once_and_all_is_in_the_folder(tmp_path, wandb, caplog, fails):
+    wandb(fails)
+    tracker = tracked(tmp_path / "run")
+    log = MetricsLog(tmp_path / "run", tracker=tracker)
+    for update in (1, 2, 3):
+        log.write(line(update), {"loss": 1.0})
+    log.close()
+    tracker.close()
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [line(1), line(2), line(3)]
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "nothing more goes to Weights & Biases (" in message and "\n" not in message
+
+
+def test_a_project_without_wandb_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()  # such as wandb leaves in the folder where it runs, and Python takes for a package
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    check_tracking("")
+    with pytest.raises(UserError, match="WANDB is 'digits' but wandb is not installed: pip install wandb, or leave"):
+        check_tracking("digits")
+
+
+def test_training_tells_weights_and_biases_and_goes_on_under_the_same_id(tmp_path, wandb, train):
+    wandb()
+    run = train(tmp_path, opts="TRAIN.EPOCHS 1 WANDB digits")
+    [settings] = told(run.folder, "init")
+    logged = told(run.folder, "log")
+    assert [values["update"] for values in logged] == [line["update"] for line in run.metrics()]
+    assert logged[-1]["Acc@1"] == run.evaluations()[-1]["acc1"]
+    assert settings["config"]["TRAIN"]["EPOCHS"] == 1
+    assert told(run.folder, "finish") == [0]
+    again = train(tmp_path, opts="TRAIN.EPOCHS 1 WANDB other")  # another project is no other run
+    assert [each["id"] for each in told(again.folder, "init")] == [settings["id"]] * 2
+
+
+def test_training_without_wandb_leaves_no_id(tmp_path, train):
+    run = train(tmp_path, opts="TRAIN.EPOCHS 1")
+    assert not (run.folder / "wandb_id").exists()
 
 
 # When the disk fails

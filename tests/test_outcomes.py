@@ -5,10 +5,10 @@ import pytest
 import torch
 from helpers_unit import ALONE, CPU
 
-from utils import outcomes as module
 from utils.dist import World
 from utils.metrics import ScoreSums
-from utils.outcomes import Outcomes, OutcomeSums
+from utils.reporting import outcomes as module
+from utils.reporting.outcomes import Outcomes, OutcomeSums
 
 CLASSES, IMAGES = 7, 23
 

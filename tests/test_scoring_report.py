@@ -11,10 +11,10 @@ import pytest
 from helpers_unit import noise
 from PIL import Image
 
-from utils import scoring_report
 from utils.errors import UserError
-from utils.outcomes import Outcomes
-from utils.scoring_report import distinct_labels, write_report
+from utils.reporting import scoring_report
+from utils.reporting.outcomes import Outcomes
+from utils.reporting.scoring_report import distinct_labels, write_report
 
 FILES = {
     "index.html", "score.json", "classes.csv", "confusions.csv", "calibration.csv", "images.csv",

@@ -14,22 +14,16 @@ in it was read back and found equal; kill -9 leaves P.part to be removed.
 """
 
 import argparse
-import errno
 import os
 import re
 import shutil
-import signal
 import sys
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from random import Random
 from stat import S_ISREG
-from types import FrameType
-from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from data.datasets import FolderSource, check_same_classes  # noqa: E402
+from tools.appearing import appearing_whole  # noqa: E402
 from tools.packing import (  # noqa: E402
     FORMS,
     Sample,
@@ -49,11 +44,10 @@ from tools.packing import (  # noqa: E402
     write_info,
 )
 from utils.cli import Parser, run  # noqa: E402
-from utils.errors import Stopped, UserError, listing, reason  # noqa: E402
+from utils.errors import UserError, listing  # noqa: E402
 from utils.seeding import number_for  # noqa: E402
 
 _SPLITS = ("train", "val")
-_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WDS_SHARD = 128 << 20  # bytes: over a thousand shards for ImageNet, enough for all loader processes of a large run
 _WDS_LEAST = 64  # training shards of small data sets, of which each loader process needs one too
 _UNITS = {unit: 1024**power for power, unit in enumerate(("", "K", "M", "G", "T"))}
@@ -94,49 +88,6 @@ def _size_or_complaint(path: str) -> int | str:
     if not os.access(path, os.R_OK):
         return "no permission to read it"
     return status.st_size or "empty"
-
-
-@contextmanager
-def appearing_whole(output: Path) -> Iterator[Path]:
-    """Gives a folder beside the output to write to, which takes its name in the end, or goes where anything fails.
-
-    Raises:
-        UserError: If it cannot be made.
-    """
-    output = output.resolve()
-    part = output.with_name(f"{output.name}.part")
-    try:
-        part.mkdir()
-    except FileExistsError:
-        raise UserError(f"{part} exists: remove it unless another program is packing there") from None
-    except OSError as error:
-        raise UserError(f"{part} cannot be made ({error.strerror}): name another --output") from None
-    before = {number: signal.getsignal(number) for number in _ENDINGS}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, _stop)
-    try:
-        yield part
-        part.rename(output)
-    except OSError as error:
-        hint = "free some space or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise UserError(f"{output} cannot be written ({reason(error)}): {hint}name another --output") from None
-    finally:
-        _ignore_endings()
-        shutil.rmtree(part, ignore_errors=True)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stop(number: int, _frame: FrameType | None) -> NoReturn:
-    _ignore_endings()
-    raise Stopped(number)
-
-
-def _ignore_endings() -> None:
-    """Lets the cleaning up come to its end."""
-    for number in _ENDINGS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def pack(form: str, source: Path, folder: Path, shards: list[Shard]) -> None:

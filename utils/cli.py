@@ -38,9 +38,9 @@ _MODEL_FILE = "groupmixformer.py"
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are one line as all others are, and which takes no abbreviations."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, prog: str | None = None) -> None:
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
 
     def error(self, message: str) -> NoReturn:

@@ -125,6 +125,7 @@ def default_config() -> CfgNode:
             "AMP_OPT_LEVEL": "",  # apex's name for PRECISION: O0 is fp32, O1 and O2 are fp16
             "OUTPUT": "output",
             "TAG": "default",
+            "WANDB": "",  # project of Weights & Biases to log to as well; nothing where it is empty
             "SAVE_FREQ": 1,  # epochs between numbered checkpoints
             "KEEP": 3,  # how many of them to keep
             "PRINT_FREQ": 10,  # updates between logged lines

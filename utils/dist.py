@@ -154,9 +154,9 @@ def gather(values: Tensor) -> Tensor:
     """The tensors [n] of all ranks as [ranks, n], in the order of the ranks."""
     if not torch_dist.is_initialized():
         return values[None]
-    table = values.new_empty(torch_dist.get_world_size() * len(values))
-    torch_dist.all_gather_into_tensor(table, values)
-    return table.view(-1, len(values))
+    table = values.new_empty(torch_dist.get_world_size(), len(values))
+    torch_dist.all_gather(list(table.unbind()), values)
+    return table
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -22,6 +22,7 @@ from utils.metrics import TaskScore
 from utils.report import log_report, log_scores
 from utils.resume import restore, state_of
 from utils.signals import StopSignals
+from utils.tracking import Tracker
 from utils.writer import BackgroundWriter
 
 _log = logging.getLogger(__name__)
@@ -55,13 +56,15 @@ class Keeper(Watch):
         self._writer, self._failure, self._copy = BackgroundWriter(), None, None
         self._saved_at = time.monotonic()
         self.best = best
+        self._tracker = Tracker(folder, config) if config.WANDB and training.world.is_main else None
         self._metrics = self._open_metrics()
 
     def _open_metrics(self) -> MetricsLog:
         progress = self._training.progress
         reached = progress.position(self._training.steps.updates_per_epoch)
         is_scored = progress.place == 0
-        return MetricsLog(self.folder if self._training.world.is_main else None, reached, is_scored)
+        folder = self.folder if self._training.world.is_main else None
+        return MetricsLog(folder, reached, is_scored, self._tracker)
 
     def asked_to_stop(self) -> int:
         """The signal that asks this rank to stop, or 0."""
@@ -192,6 +195,8 @@ class Keeper(Watch):
         """Lets the last checkpoint be written, and closes the logs."""
         self._writer.close()
         self._metrics.close()
+        if self._tracker:
+            self._tracker.close()
 
     def _is_due(self) -> bool:
         train, place = self._config.TRAIN, self._training.progress.place

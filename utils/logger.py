@@ -1,4 +1,4 @@
-"""Console, log_rank0.txt, TensorBoard and metrics.jsonl; silent off rank 0."""
+"""Console, log_rank0.txt, TensorBoard, Weights & Biases and metrics.jsonl; silent off rank 0."""
 
 import json
 import logging
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from utils.checkpoint import write_beside
 from utils.errors import UserError
+from utils.tracking import Tracker
 
 _FORMAT = "%(asctime)s %(message)s"
 _MOST_EARLY_LINES = 1000
@@ -76,14 +77,17 @@ class MetricsLog:
         folder: The run's folder, or None to write nothing.
         update: Updates that the run has completed; what was logged after them will be logged again.
         is_scored: Whether the epoch that ends with that update, if one does, has been scored too.
+        tracker: What the scalars go to as well.
 
     Raises:
         UserError: If they cannot be written.
     """
 
-    def __init__(self, folder: Path | None, update: int = 0, is_scored: bool = True) -> None:
+    def __init__(
+        self, folder: Path | None, update: int = 0, is_scored: bool = True, tracker: Tracker | None = None
+    ) -> None:
         self._path = folder / "metrics.jsonl" if folder else None
-        self._writer = None
+        self._writer, self._tracker = None, tracker
         if folder and self._path:
             lines = [line for line in read_metrics(self._path) if line["update"] <= update]
             if not is_scored:
@@ -98,10 +102,10 @@ class MetricsLog:
                 self._writer.write_event(Event(step=update + 1, session_log=session, wall_time=time.time()))
 
     def write(self, values: Mapping[str, float | int], tags: Mapping[str, float]) -> None:
-        """Writes one line, and TensorBoard scalars.
+        """Writes one line, and scalars for TensorBoard and, if there is one, the tracker.
 
         Args:
-            values: The line; has the key 'update'. What is not finite is written as null.
+            values: The line; has the keys 'update' and 'epoch'. What is not finite is written as null.
             tags: Scalars by their TensorBoard tags.
 
         Raises:
@@ -116,6 +120,8 @@ class MetricsLog:
                     event = Event(step=values["update"], summary=scalar(tag, value), wall_time=time.time())
                     self._writer.write_event(event)
                 self._writer.flush()  # a killed run leaves what it told
+            if self._tracker:
+                self._tracker.write({name: values[name] for name in ("update", "epoch")} | dict(tags))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """A trained classifier from its checkpoint alone: the network, its configuration, and what its classes are called."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,33 +69,65 @@ def load_trained(source: Path, cfg: Path | None = None, weights: str = "auto") -
         weights: 'model', 'ema', or 'auto' for the one that the run's best epoch was chosen by.
 
     Raises:
-        UserError: If the checkpoint cannot be read, holds no configuration where none is given, or does not fit it.
+        UserError: If the checkpoint cannot be read, holds no configuration or weights as are asked for, or does not
+            fit the configuration.
     """
     state = checkpoint.load(source)
-    config = _config_of(state, source) if cfg is None else load_config(cfg)
-    check(config)
-    classes = state.get("classes")
+    config = saved_config(state, source) if cfg is None else load_config(cfg)
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{cfg or f'the configuration in {source}'}: {error}") from None
+    classes = state.get("classes") or None
     num_classes = len(classes) if classes else config.MODEL.GMA.NUM_CLASSES
     if not num_classes:
         raise UserError(f"{source} does not tell its number of classes: set MODEL.GMA.NUM_CLASSES in a --cfg")
-    is_ema = weights == "ema" or (weights == "auto" and (state.get("best") or {}).get("of") == "ema")
-    if is_ema and not state.get("ema"):
-        raise UserError(f"{source} holds no moving average: use --weights model")
+    name = weights_name(state, source, weights)
     network = build_model(config, num_classes)
-    load_weights(network, state["ema" if is_ema else "model"], str(source))
+    load_weights(network, state[name], str(source))
     labels = class_labels(classes, num_classes)
-    return Trained(network.eval(), config, classes, labels, state, source, is_ema)
+    return Trained(network.eval(), config, classes, labels, state, source, is_ema=name == "ema")
 
 
-def _config_of(state: dict[str, Any], source: Path) -> CfgNode:
-    """The configuration that a checkpoint was trained with.
+def weights_name(state: Mapping[str, Any], source: Path, weights: str) -> str:
+    """The key of a checkpoint under which the weights lie that are asked for: 'model' or 'ema'.
+
+    Args:
+        state: The checkpoint.
+        source: Its file, for errors.
+        weights: 'model', 'ema', or 'auto' for the one that the run's best epoch was chosen by.
+
+    Raises:
+        UserError: If the moving average is asked for and there is none.
+    """
+    best = state.get("best")
+    chosen_by_ema = isinstance(best, Mapping) and best.get("of") == "ema"
+    if weights == "model" or (weights == "auto" and not chosen_by_ema):
+        return "model"
+    if not state.get("ema"):
+        raise UserError(f"{source} holds no moving average: use --weights model")
+    return "ema"
+
+
+def saved_config(state: Mapping[str, Any], source: Path) -> CfgNode:
+    """The configuration that a checkpoint was trained with; keys that are newer than it have their defaults.
+
+    Args:
+        state: The checkpoint.
+        source: Its file, for errors.
 
     Raises:
         UserError: If it holds none that this code knows.
     """
-    saved = state.get("config")
+    saved, place = state.get("config"), f"the configuration in {source}"
     if not isinstance(saved, str):
         raise UserError(f"{source} holds no configuration: name the one it was trained with by --cfg")
+    try:
+        values = yaml.safe_load(saved)
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{place} cannot be read: name the one it was trained with by --cfg")
     config = default_config()
-    merge(config, yaml.safe_load(saved), f"the configuration in {source}")
+    merge(config, values, place)
     return config

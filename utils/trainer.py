@@ -43,6 +43,7 @@ from utils.resume import (
 from utils.seeding import number_for, seed_everything
 from utils.signals import StopSignals
 from utils.task import Task
+from utils.tracking import check_tracking
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ _log = logging.getLogger(__name__)
 def train(config: CfgNode, here: World, precision: Precision, task: Task) -> None:
     """Builds everything and runs the epochs."""
     with together():
+        if here.is_main:
+            check_tracking(config.WANDB)
         train_data, eval_data = task.open_data(config, here)
         seed_everything(number_for(config.SEED, "weights"))
         network = task.build_network(config, train_data)

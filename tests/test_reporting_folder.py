@@ -3,7 +3,7 @@
 import pytest
 
 from utils.errors import UserError
-from utils.report_folder import GENERATOR, PAGE, check_report_folder, replacing
+from utils.reporting.folder import GENERATOR, PAGE, check_report_folder, replacing
 
 
 def write_earlier(folder):

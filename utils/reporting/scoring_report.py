@@ -9,12 +9,11 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from utils.calibration import calibrate
-from utils.class_scores import confusions, score_classes
 from utils.errors import UserError, reason
-from utils.outcomes import Outcomes
-from utils.report_charts import draw_confusion, draw_reliability
-from utils.report_folder import (
+from utils.reporting.calibration import calibrate
+from utils.reporting.charts import draw_confusion, draw_reliability
+from utils.reporting.class_scores import confusions, score_classes
+from utils.reporting.folder import (
     CALIBRATION,
     CLASSES,
     CONFUSIONS,
@@ -26,7 +25,8 @@ from utils.report_folder import (
     SCORE,
     replacing,
 )
-from utils.report_page import Findings, page
+from utils.reporting.outcomes import Outcomes
+from utils.reporting.page import Findings, page
 from utils.sheet import PLAIN, RIGHT, WRONG, contact_sheet, write_png
 
 _MOST_MISTAKES, _COLUMNS, _SIDE = 30, 6, 192  # the last in pixels

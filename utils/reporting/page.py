@@ -6,11 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.calibration import Calibration
-from utils.class_scores import ClassScores, Confusion
-from utils.html_page import count, document, share, table, text
-from utils.outcomes import Outcomes
-from utils.report_folder import (
+from utils.reporting.calibration import Calibration
+from utils.reporting.class_scores import ClassScores, Confusion
+from utils.reporting.folder import (
     CALIBRATION,
     CLASSES,
     CONFUSIONS,
@@ -21,6 +19,8 @@ from utils.report_folder import (
     RELIABILITY,
     SCORE,
 )
+from utils.reporting.html_page import count, document, share, table, text
+from utils.reporting.outcomes import Outcomes
 
 _MOST_CONFUSIONS = 30
 

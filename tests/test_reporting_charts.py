@@ -5,9 +5,9 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from utils.calibration import calibrate
-from utils.outcomes import Outcomes
-from utils.report_charts import draw_confusion, draw_reliability
+from utils.reporting.calibration import calibrate
+from utils.reporting.charts import draw_confusion, draw_reliability
+from utils.reporting.outcomes import Outcomes
 
 
 def outcomes_of(targets, predictions):

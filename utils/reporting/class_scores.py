@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.outcomes import Outcomes
+from utils.reporting.outcomes import Outcomes
 
 
 @dataclass(frozen=True)

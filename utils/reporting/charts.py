@@ -10,9 +10,9 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from utils.calibration import Calibration
-from utils.class_scores import confusion_matrix
-from utils.outcomes import Outcomes
+from utils.reporting.calibration import Calibration
+from utils.reporting.class_scores import confusion_matrix
+from utils.reporting.outcomes import Outcomes
 
 _BLUE, _ORANGE, _GREY = "#2f6f9f", "#d9742b", "#b0b0b0"
 _MOST_NUMBERED, _MOST_NAMED, _MOST_ROWS = 25, 60, 1000

@@ -1,0 +1,80 @@
+"""Image files by their paths, without classes."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from utils.errors import UserError, reason
+
+_NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that PIL knows by name only
+
+
+def image_suffixes() -> set[str]:
+    """The endings of files that PIL or torchvision takes for images, in lower case."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    readable = {suffix for suffix, form in known if form in Image.OPEN and form not in _NOT_DECODED}
+    return readable | set(IMG_EXTENSIONS)
+
+
+def find_images(places: Sequence[Path]) -> list[Path]:
+    """Image files in the order in which they or their folders are named, those of a folder in the order of their paths.
+
+    Args:
+        places: Files, of any ending, and folders, which are searched with all folders below them.
+
+    Returns:
+        The paths, each once.
+
+    Raises:
+        UserError: If a place does not exist or cannot be read, or a folder holds no images.
+    """
+    suffixes, found = image_suffixes(), []
+    for place in places:
+        try:
+            if place.is_file():
+                found.append(place)
+                continue
+            if not place.exists():
+                raise UserError(f"{place} does not exist: name images, or folders that hold some")
+            walk = os.walk(place, onerror=_refuse, followlinks=True)
+            inside = sorted(Path(folder, name) for folder, _, names in walk for name in names)
+        except OSError as error:
+            raise UserError(f"{place} cannot be read ({reason(error)}): mend it or leave it out") from None
+        images = [path for path in inside if path.suffix.lower() in suffixes]
+        if not images:
+            raise UserError(f"{place} holds no images: name images, or folders that hold some")
+        found += images
+    return list(dict.fromkeys(found))
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise error
+
+
+class FileSource:
+    """Images by their paths, for `ImageSamples`; their class numbers are all 0 and mean nothing."""
+
+    classes: list[str] | None = None
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Opens a file."""
+        return Image.open(self._paths[index]), 0
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return str(self._paths[index])
+
+    def class_of(self, _index: int) -> str | None:
+        """Not known."""
+        return None

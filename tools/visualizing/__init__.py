@@ -1,0 +1,1 @@
+"""What tools/visualize.py draws, and how."""

@@ -1,0 +1,1 @@
+"""The report of a score: test.py --report."""
