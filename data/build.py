@@ -105,12 +105,21 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
         samples = ImageSamples(source, transform, replace=replace)
         loader = DataLoader(samples, batch_sampler=sampler, **loader_settings(config, world))
         classes, images, steps = source.classes, len(source), len(sampler)
+    check_steps(config, world, images, steps)
+    return TrainData(loader, classes, images, steps)
+
+
+def check_steps(config: CfgNode, world: World, images: int, steps: int) -> None:
+    """Refuses epochs without an update.
+
+    Raises:
+        UserError: If the training images do not fill a batch on every rank.
+    """
     if steps == 0:
         raise UserError(
-            f"an epoch has no update: {images} training images do not fill a batch of {data.BATCH_SIZE} "
+            f"an epoch has no update: {images} training images do not fill a batch of {config.DATA.BATCH_SIZE} "
             f"on each of {world.size} rank(s): lower --batch-size"
         )
-    return TrainData(loader, classes, images, steps)
 
 
 def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_classes: int | None) -> EvalData:

@@ -28,7 +28,7 @@ class Task:
         build_mixup: (configuration, network, precision) -> what is done to images and targets of a batch, or None.
         build_predictor: (configuration, network) -> what answers for the network in evaluation.
         build_sums: (validation data, device) -> what adds up the score.
-        compile: Has torch.compile take the network, in place.
+        compile: Has torch.compile take the network, in place; None where there is no TRAIN.COMPILE to ask for it.
     """
 
     measures: Mapping[str, str]
@@ -40,4 +40,4 @@ class Task:
     build_mixup: Callable[[CfgNode, nn.Module, Precision], Callable[[Any, Any], tuple[Any, Any]] | None]
     build_predictor: Callable[[CfgNode, nn.Module], nn.Module]
     build_sums: Callable[[EvalData, torch.device], Sums]
-    compile: Callable[[nn.Module], None]
+    compile: Callable[[nn.Module], None] | None

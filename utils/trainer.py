@@ -96,7 +96,7 @@ def build_training(
     steps = Steps(steps_per_epoch, accumulation_steps(config), config.TRAIN.EPOCHS)
     optimizer = build_optimizer(config, network, here.size)
     ema = build_ema(config, network)
-    if config.TRAIN.COMPILE:
+    if task.compile and config.TRAIN.COMPILE:
         task.compile(network)
     model: nn.Module = network
     if here.size > 1:
