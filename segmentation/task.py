@@ -15,7 +15,6 @@ from segmentation.metrics import SegmentationScore, SegmentationSums
 from segmentation.model import Segmenter, build_segmenter, compile_segmenter, load_to_start
 from utils import checkpoint
 from utils.dist import World
-from utils.optim import Precision
 from utils.task import Task
 
 _log = logging.getLogger(__name__)
@@ -30,7 +29,6 @@ def segmentation() -> Task:
         start_from_pretrained=_start_from_pretrained,
         build_loss=_build_loss,
         build_finish=Normalize,
-        build_mixup=_build_mixup,
         build_predictor=build_predictor,
         build_sums=build_sums,
         compile=compile_segmenter,
@@ -53,10 +51,6 @@ def _start_from_pretrained(config: CfgNode, network: Segmenter) -> None:
 
 def _build_loss(config: CfgNode) -> nn.Module:
     return SegmentationLoss(config.MODEL.DECODER.AUX_WEIGHT)
-
-
-def _build_mixup(_config: CfgNode, _network: nn.Module, _precision: Precision) -> None:
-    return None
 
 
 def build_sums(data: EvalData, device: torch.device) -> SegmentationSums:

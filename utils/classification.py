@@ -27,7 +27,6 @@ def classification() -> Task:
         build_loss=_build_loss,
         build_finish=_build_finish,
         build_mixup=_build_mixup,
-        build_predictor=_build_predictor,
         build_sums=_build_sums,
         compile=compile_blocks,
     )
@@ -63,10 +62,6 @@ def _build_mixup(config: CfgNode, network: GroupMixFormer, precision: Precision)
     if not config.DISTILL.TEACHER:
         return mixup
     return build_teacher(config, network.num_classes, mixup, precision, network.stem.conv1.weight.device)
-
-
-def _build_predictor(_config: CfgNode, network: nn.Module) -> nn.Module:
-    return network
 
 
 def _build_sums(_data: EvalData, device: torch.device) -> ScoreSums:
