@@ -2,10 +2,12 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 DIGITS := data-digits
+SCENES := data-scenes
 RUN := output/digits/seed$(SEED)
+DETECTION := output/scenes_detection/seed$(SEED)
 TRAIN = --cfg configs/digits.yaml --data-path $(DIGITS) --output output --tag seed$(SEED)
 
-.PHONY: demo test test-fast test-gpu lint clean
+.PHONY: demo demo-detection test test-fast test-gpu lint clean
 
 # Train on scikit-learn's handwritten digits and score what was trained. SEED=1 chooses another seed.
 demo: .venv/.installed
@@ -19,6 +21,18 @@ demo: .venv/.installed
 	@echo
 	@echo "Next, ImageNet (D holds train/ and val/, one folder a class):"
 	@echo "  $(BIN)/torchrun --nproc_per_node 8 train.py --cfg configs/groupmixformer_small.yaml --data-path D --output output"
+
+# Find digits in scenes that are composed of them, with Mask R-CNN, and draw what was found.
+demo-detection: .venv/.installed
+	$(BIN)/python tools/prepare_digits.py $(SCENES) --scenes
+	$(BIN)/python detection/train.py --cfg configs/detection/scenes.yaml --data-path $(SCENES)/coco --output output \
+	  --tag seed$(SEED) --seed $(SEED)
+	$(BIN)/python detection/test.py --cfg configs/detection/scenes.yaml --data-path $(SCENES)/coco \
+	  --resume $(DETECTION)/best.pth --save-pictures $(DETECTION)/pictures
+	@echo
+	@echo "pictures    $(DETECTION)/pictures/overview.png, and one of each scene beside it"
+	@echo "curves      $(DETECTION)/curves.png"
+	@echo "checkpoint  $(DETECTION)/best.pth"
 
 # The whole suite, linting included. Two tests at a time, each on one thread.
 test: .venv/.installed lint
@@ -42,4 +56,4 @@ lint: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf output $(DIGITS) .pytest_cache .ruff_cache .hypothesis
+	rm -rf output $(DIGITS) $(SCENES) .pytest_cache .ruff_cache .hypothesis

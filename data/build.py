@@ -3,6 +3,7 @@
 import atexit
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -95,21 +96,30 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
         _check_shards(source, config, world)
         source.set_loader_cfg(num_workers=_workers(config, world))
         stream = ImageStream(source, transform, world, config.SEED, data.BATCH_SIZE, replace)
-        loader = DataLoader(stream, data.BATCH_SIZE, drop_last=True, **_loader_settings(config, world))
+        loader = DataLoader(stream, data.BATCH_SIZE, drop_last=True, **loader_settings(config, world))
         classes, images, steps = stream.classes, len(stream) * world.size, len(stream) // data.BATCH_SIZE
     else:
         sampler = TrainBatchSampler(
             len(source), data.BATCH_SIZE, world.rank, world.size, config.SEED, config.AUG.REPEATS
         )
         samples = ImageSamples(source, transform, replace=replace)
-        loader = DataLoader(samples, batch_sampler=sampler, **_loader_settings(config, world))
+        loader = DataLoader(samples, batch_sampler=sampler, **loader_settings(config, world))
         classes, images, steps = source.classes, len(source), len(sampler)
+    check_steps(config, world, images, steps)
+    return TrainData(loader, classes, images, steps)
+
+
+def check_steps(config: CfgNode, world: World, images: int, steps: int) -> None:
+    """Refuses epochs without an update.
+
+    Raises:
+        UserError: If the training images do not fill a batch on every rank.
+    """
     if steps == 0:
         raise UserError(
-            f"an epoch has no update: {images} training images do not fill a batch of {data.BATCH_SIZE} "
+            f"an epoch has no update: {images} training images do not fill a batch of {config.DATA.BATCH_SIZE} "
             f"on each of {world.size} rank(s): lower --batch-size"
         )
-    return TrainData(loader, classes, images, steps)
 
 
 def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_classes: int | None) -> EvalData:
@@ -132,7 +142,7 @@ def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_
         stream = ImageStream(source, transform, world, seed=None)
         if stream.classes is not None and known is not None:
             check_same_classes(known, stream.classes)
-        loader = DataLoader(stream, data.BATCH_SIZE, **_loader_settings(config, world))
+        loader = DataLoader(stream, data.BATCH_SIZE, **loader_settings(config, world))
         return EvalData(loader, finish, stream.classes, source.reader.num_samples or 0, rounds=0)
     to_class = map_classes(source.classes, known, num_classes or len(source.classes or []))
     return eval_data(ImageSamples(source, transform, to_class), config, world)
@@ -148,7 +158,7 @@ def eval_data(samples: ImageSamples, config: CfgNode, world: World) -> EvalData:
     """
     source, batch_size = samples.source, config.DATA.BATCH_SIZE
     sampler = EvalSampler(len(source), world.rank, world.size)
-    loader = DataLoader(samples, batch_size, sampler=sampler, **_loader_settings(config, world))
+    loader = DataLoader(samples, batch_size, sampler=sampler, **loader_settings(config, world))
     rounds = math.ceil(len(source) // world.size / batch_size)
     finish = Finish(config, world.device, is_training=False)
     return EvalData(loader, finish, source.classes, len(source), rounds)
@@ -194,7 +204,16 @@ def _end_loaders_at_exit() -> None:
     atexit.register(end_loaders)
 
 
-def _loader_settings(config: CfgNode, world: World) -> dict[str, Any]:
+def loader_settings(
+    config: CfgNode, world: World, collate: Callable[[list[Any]], tuple[Any, Any, list[str]]] = collate
+) -> dict[str, Any]:
+    """What torch's loader is to be given beside data and order.
+
+    Args:
+        config: The configuration.
+        world: This process among all.
+        collate: Makes a batch of samples.
+    """
     workers = _workers(config, world)
     if workers:
         _end_loaders_at_exit()

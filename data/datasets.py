@@ -6,7 +6,7 @@ a *complaint* beside a blank image, or beside another image where broken ones ar
 decides.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -141,7 +141,8 @@ def class_names(dataset: Any) -> list[str] | None:
 Sample = tuple[Tensor, int, str]  # (8-bit image [C, H, W], class number, complaint: empty where nothing was wrong)
 
 
-def _blank() -> Image.Image:
+def blank_image() -> Image.Image:
+    """What stands for a broken image."""
     return Image.new("RGB", _BLANK_SIZE)
 
 
@@ -153,6 +154,7 @@ class ImageSamples(Dataset):
         transform: What is done to an image.
         to_class: Class number of the source -> class number of the network; the same if None.
         replace: Whether another sample takes a broken one's place.
+        blank: Gives what stands for a broken image, where no other sample does.
     """
 
     def __init__(
@@ -161,9 +163,10 @@ class ImageSamples(Dataset):
         transform: Transform,
         to_class: Sequence[int] | None = None,
         replace: bool = False,
+        blank: Callable[[], Any] = blank_image,
     ) -> None:
         self.source, self._transform = source, transform
-        self._to_class, self._replace = to_class, replace
+        self._to_class, self._replace, self._blank = to_class, replace, blank
 
     def __len__(self) -> int:
         return len(self.source)
@@ -181,7 +184,7 @@ class ImageSamples(Dataset):
         image, target, complaint = self._read(index, seed)
         if image is None and self._replace:
             image, target = self._replacement(seed, complaint)
-        image = image or self._decode(_blank(), seed)
+        image = image or self._decode(self._blank(), seed)
         return self._transform.augment(image), self._to_class[target] if self._to_class else target, complaint
 
     def _read(self, index: int, seed: int | None) -> tuple[Image.Image | None, int, str]:
@@ -264,7 +267,7 @@ class ImageStream(IterableDataset):
                 complaint = f"an image of the stream is broken ({reason(error)})"
                 if self._replace:
                     continue
-                image = self._transform.decode(_blank())
+                image = self._transform.decode(blank_image())
             yield self._transform.augment(image), int(target), complaint
             complaint = ""
 

@@ -48,14 +48,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: --help tells the flags")
 
 
-def make_parser(description: str) -> Parser:
-    """The flags of the published command line and a few more; none has a default, so only what is given overrides."""
+def make_parser(description: str, data: str = "folder that holds train/ and val/") -> Parser:
+    """The flags of the published command line and a few more; none has a default, so only what is given overrides.
+
+    Args:
+        description: What the program does.
+        data: What --data-path names.
+    """
     parser = Parser(description)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="configuration, such as those in configs/")
     parser.add_argument(
         "--opts", nargs="+", action="extend", metavar="KEY VALUE", help="keys of the configuration to override"
     )
-    parser.add_argument("--data-path", metavar="DIR", help="folder that holds train/ and val/")
+    parser.add_argument("--data-path", metavar="DIR", help=data)
     parser.add_argument("--batch-size", type=int, metavar="N", help="images of one micro-batch on each rank")
     parser.add_argument("--pretrained", metavar="FILE", help="weights to start from or to score")
     parser.add_argument("--resume", metavar="FILE", help="checkpoint to go on from")

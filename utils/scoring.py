@@ -97,7 +97,7 @@ def score_weights(
             )
         network = build_model(config, num_classes or len(eval_data.classes or []))
         if source:
-            load_weights(network, _choose(state, use_ema, source), source)
+            load_weights(network, choose_weights(state, use_ema, source), source)
         network = fuse(network) if fused else network
         network.to(world.device, memory_format=memory_format(config))
         if classes and eval_data.classes and eval_data.classes != classes:
@@ -121,7 +121,12 @@ def score_weights(
     return Scored(score, score.images / seconds, network.num_classes, classes or eval_data.classes, eval_data)
 
 
-def _choose(state: dict[str, Any], use_ema: bool, source: str) -> dict[str, torch.Tensor]:
+def choose_weights(state: dict[str, Any], use_ema: bool, source: str) -> dict[str, torch.Tensor]:
+    """A checkpoint's weights, or their moving average.
+
+    Raises:
+        UserError: If it holds no moving average.
+    """
     if not use_ema:
         return state["model"]
     if not state.get("ema"):

@@ -1,0 +1,121 @@
+"""COCO's annotation files: read, checked, and made whole where they leave out what COCO's own scoring needs."""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from utils.errors import UserError, listing, reason
+
+# What every entry must have.
+_KEYS = {
+    "images": ("id", "file_name", "width", "height"),
+    "categories": ("id", "name"),
+    "annotations": ("image_id", "category_id", "bbox"),
+}
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Within it nothing is printed: pycocotools tells of every step."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def read_coco(path: Path) -> COCO:
+    """Reads annotations; they get ids from 1 on, and where they have none their box's area and 'iscrowd' 0.
+
+    Raises:
+        UserError: If the file is missing or malformed, or something in it refers to what is not there.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): name another --data-path, or set DATA.TRAIN_ANNOTATIONS and "
+            "DATA.VAL_ANNOTATIONS"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({reason(error)}): name a file of COCO's annotations") from None
+    _check(content, path)
+    for number, annotation in enumerate(content["annotations"], 1):
+        annotation["id"] = number  # pycocotools takes 0 for no annotation
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    return index(content)
+
+
+def index(content: dict[str, Any]) -> COCO:
+    """pycocotools' form of annotations."""
+    coco = COCO()
+    coco.dataset = content
+    with silence():
+        coco.createIndex()
+    return coco
+
+
+def _check(content: Any, path: Path) -> None:
+    for part, keys in _KEYS.items():
+        entries = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise UserError(f"{path} holds no list of {part}: name a file of COCO's annotations")
+        for number, entry in enumerate(entries):
+            if lacking := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
+                raise UserError(f"{path}: {part}[{number}] has no {listing(lacking)}: add that")
+    known = {}
+    for part in ("images", "categories"):
+        ids = [entry["id"] for entry in content[part]]
+        known[part] = set(ids)
+        if not ids or len(known[part]) < len(ids):
+            raise UserError(f"{path} has {len(ids)} {part} of {len(known[part])} ids: give each an id of its own")
+    names = [str(entry["name"]) for entry in content["categories"]]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path} has several categories of the name {listing(twice)}: give each its own")
+    for number, annotation in enumerate(content["annotations"]):
+        for key, part in (("image_id", "images"), ("category_id", "categories")):
+            if annotation[key] not in known[part]:
+                raise UserError(f"{path}: annotations[{number}] has {key} {annotation[key]!r}, of none of the {part}")
+        box = annotation["bbox"]
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(side, (int, float)) for side in box)):
+            raise UserError(f"{path}: annotations[{number}] has bbox {box!r}: give [x, y, width, height]")
+
+
+def check_masks(coco: COCO, path: Path) -> None:
+    """Refuses annotations without masks.
+
+    Raises:
+        UserError: If one of them has none.
+    """
+    for number, annotation in enumerate(coco.dataset["annotations"]):
+        if not annotation.get("segmentation"):
+            raise UserError(
+                f"{path}: annotations[{number}] has no segmentation, which mask_rcnn needs: "
+                "set MODEL.DETECTOR.NAME to faster_rcnn or retinanet"
+            )
+
+
+def categories(coco: COCO) -> dict[Any, str]:
+    """The categories' names by id, in the order of the ids, in which classes are numbered from 0."""
+    return {category: str(coco.cats[category]["name"]) for category in sorted(coco.cats)}
+
+
+def decode_mask(segmentation: Any, width: int, height: int) -> NDArray[np.uint8]:
+    """COCO's polygons, or run lengths as numbers or as text -> [height, width] of 0 and 1."""
+    if isinstance(segmentation, list):
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = coco_mask.frPyObjects(segmentation, height, width)
+    return coco_mask.decode(segmentation)
+
+
+def encode_mask(mask: NDArray[np.uint8]) -> dict[str, Any]:
+    """[height, width] of 0 and 1 -> run lengths as text, which JSON can hold."""
+    encoded = coco_mask.encode(np.asfortranarray(mask))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode()}

@@ -1,0 +1,259 @@
+"""Configuration -> a detector of torchvision's on our backbone, and the weights that it may start from."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+from yacs.config import CfgNode
+
+from detection.batch import Batch, Objects
+from detection.config import GROUPS
+from models.build import build_model, load_weights
+from models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
+from utils.errors import UserError
+
+_BODY = "detector.backbone.body."
+_UNUSED = ("norm.", "head.")  # of a classifier
+_OCTAVE = (1, 2 ** (1 / 3), 2 ** (2 / 3))  # RetinaNet has anchors of three sizes on a level
+
+
+class Pyramid(nn.Module):
+    """The backbone and a feature pyramid on its last stages: [B, C, H, W] -> maps [B, channels, H/s, W/s] by name.
+
+    Args:
+        body: The backbone, whose classifier goes.
+        first: The first stage that the pyramid stands on, from 0.
+        channels: Width of the pyramid.
+        extra: What adds coarser levels.
+    """
+
+    def __init__(self, body: GroupMixFormer, first: int, channels: int, extra: ExtraFPNBlock) -> None:
+        super().__init__()
+        self.body, self.out_channels = body, channels
+        self.stages = body.prune_intermediate_layers(list(range(first, len(body.stages))), prune_norm=True)
+        widths = [body.feature_info[stage]["num_chs"] for stage in self.stages]
+        self.norms = nn.ModuleList(LayerNorm2d(width) for width in widths)  # what a stage gives is a sum of residuals
+        self.fpn = FeaturePyramidNetwork(widths, channels, extra)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The levels, from the finest to the coarsest."""
+        maps = self.body.forward_intermediates(images, self.stages, intermediates_only=True)
+        named = ((str(level), norm(x)) for level, (norm, x) in enumerate(zip(self.norms, maps, strict=True)))
+        return self.fpn(OrderedDict(named))
+
+
+class Detector(nn.Module):
+    """A detector that numbers classes from 0, in one call for training and evaluation.
+
+    Args:
+        detector: torchvision's, on a `Pyramid`.
+        num_classes: Number of classes.
+        freeze_statistics: Whether batch norms of the backbone normalise by their running statistics in training too.
+    """
+
+    def __init__(
+        self, detector: FasterRCNN | MaskRCNN | RetinaNet, num_classes: int, freeze_statistics: bool = False
+    ) -> None:
+        super().__init__()
+        self.detector, self.num_classes, self.freeze_statistics = detector, num_classes, freeze_statistics
+        self._first = 0 if isinstance(detector, RetinaNet) else 1  # the others have the background first
+        for head in _heads(detector):
+            head.register_forward_hook(in_float32)
+
+    @property
+    def body(self) -> GroupMixFormer:
+        """The backbone."""
+        return self.detector.backbone.body
+
+    def train(self, mode: bool = True) -> "Detector":
+        """As `nn.Module.train`, but frozen statistics stay frozen."""
+        super().train(mode)
+        if self.freeze_statistics:
+            for module in self.body.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for timm's layer-wise learning rate decay: the backbone's, and all else as the last one."""
+
+        def inside(groups: Any) -> Any:
+            if isinstance(groups, str):
+                return f"^{_BODY.replace('.', '[.]')}{groups.removeprefix('^')}"
+            return [(inside(pattern), suffix) for pattern, suffix in groups]
+
+        return {name: inside(groups) for name, groups in self.body.group_matcher(coarse).items()}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor] | list[Objects]:
+        """Finds objects, or learns to.
+
+        Args:
+            batch: Images of values from 0 to 1, [C, H, W] of any sizes; in training with what is in them.
+
+        Returns:
+            In training the losses by name. Else what is found in each image, the surest first: 'boxes' [N, 4] as x1,
+            y1, x2, y2 in pixels, 'labels' [N], 'scores' [N], and of Mask R-CNN 'masks' [N, 1, H, W] from 0 to 1.
+        """
+        if self.training:
+            return self.detector(batch.images, [_renumber(objects, self._first) for objects in batch.targets])
+        return [_renumber(objects, -self._first) for objects in self.detector(batch.images)]
+
+
+def _renumber(objects: Objects, by: int) -> Objects:
+    return {**objects, "labels": objects["labels"] + by}
+
+
+def _heads(detector: nn.Module) -> list[nn.Module]:
+    if isinstance(detector, RetinaNet):
+        return [detector.head]
+    roi_heads = detector.roi_heads
+    return [head for head in (detector.rpn.head, roi_heads.box_predictor, roi_heads.mask_predictor) if head is not None]
+
+
+def in_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """A forward hook that gives out nested tensors as float32: torchvision computes boxes in the type that heads answer
+    in, and bf16 has no numbers between 1024 and 1032."""
+    if isinstance(outputs, dict):
+        return {name: in_float32(module, inputs, value) for name, value in outputs.items()}
+    if isinstance(outputs, (list, tuple)):
+        return type(outputs)(in_float32(module, inputs, value) for value in outputs)
+    return outputs.float()
+
+
+def build_detector(config: CfgNode, num_classes: int) -> Detector:
+    """The configured detector with fresh weights.
+
+    Raises:
+        UserError: If the settings cannot make a network.
+    """
+    settings, data = config.MODEL.DETECTOR, config.DATA
+    is_retinanet = settings.NAME == "retinanet"
+    channels, body = settings.FPN_CHANNELS, build_model(config, 0)
+    extra = LastLevelP6P7(channels, channels) if is_retinanet else LastLevelMaxPool()
+    pyramid = Pyramid(body, int(is_retinanet), channels, extra)
+    levels = len(pyramid.stages) + (2 if is_retinanet else 1)
+    if len(settings.ANCHOR_SIZES) != levels:
+        raise UserError(
+            f"MODEL.DETECTOR.ANCHOR_SIZES has {len(settings.ANCHOR_SIZES)} numbers but {settings.NAME} has {levels} "
+            "levels: give one for each"
+        )
+    octave = _OCTAVE if is_retinanet else (1,)
+    anchors = AnchorGenerator(
+        tuple(tuple(int(size * step) for step in octave) for size in settings.ANCHOR_SIZES),
+        (tuple(settings.ANCHOR_RATIOS),) * levels,
+    )
+    shared = {
+        "min_size": tuple(data.SHORT_SIDES),
+        "max_size": data.LONG_SIDE,
+        "image_mean": data.MEAN,
+        "image_std": data.STD,
+    }
+    if is_retinanet:
+        norm = partial(nn.GroupNorm, GROUPS) if settings.HEAD_NORM else None
+        head = RetinaNetHead(channels, len(octave) * len(settings.ANCHOR_RATIOS), num_classes, norm)
+        detector: nn.Module = RetinaNet(
+            pyramid,
+            num_classes,
+            anchor_generator=anchors,
+            head=head,
+            score_thresh=settings.SCORE_THRESHOLD,
+            nms_thresh=settings.NMS_THRESHOLD,
+            detections_per_img=settings.MAX_DETECTIONS,
+            **shared,
+        )
+    else:
+        detector = _build_rcnn(settings, pyramid, num_classes, anchors, shared)
+    return Detector(detector, num_classes, config.MODEL.FREEZE_STATISTICS)
+
+
+def _build_rcnn(
+    settings: CfgNode, pyramid: Pyramid, num_classes: int, anchors: AnchorGenerator, shared: Mapping[str, Any]
+) -> FasterRCNN | MaskRCNN:
+    channels, width, outputs = settings.FPN_CHANNELS, settings.HEAD_WIDTH, num_classes + 1
+    names = [str(level) for level in range(len(pyramid.stages))]
+    kind, masks = FasterRCNN, {}
+    if settings.NAME == "mask_rcnn":
+        kind, masks = (
+            MaskRCNN,
+            {
+                "mask_roi_pool": MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2),
+                "mask_head": MaskRCNNHeads(channels, (channels,) * 4, dilation=1),
+                "mask_predictor": MaskRCNNPredictor(channels, channels, outputs),
+            },
+        )
+    pool = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)
+    return kind(
+        pyramid,
+        rpn_anchor_generator=anchors,
+        rpn_batch_size_per_image=settings.RPN_SAMPLES,
+        rpn_pre_nms_top_n_train=settings.PROPOSALS,
+        rpn_post_nms_top_n_train=settings.PROPOSALS,
+        rpn_pre_nms_top_n_test=settings.PROPOSALS,
+        rpn_post_nms_top_n_test=settings.PROPOSALS,
+        box_roi_pool=pool,
+        box_head=TwoMLPHead(channels * 7 * 7, width),
+        box_predictor=FastRCNNPredictor(width, outputs),
+        box_batch_size_per_image=settings.BOX_SAMPLES,
+        box_score_thresh=settings.SCORE_THRESHOLD,
+        box_nms_thresh=settings.NMS_THRESHOLD,
+        box_detections_per_img=settings.MAX_DETECTIONS,
+        **masks,
+        **shared,
+    )
+
+
+class SumOfLosses(nn.Module):
+    """What torchvision's detectors answer in training, added up."""
+
+    def forward(self, losses: Mapping[str, Tensor], targets: Any) -> Tensor:
+        """The sum; the targets were the model's already."""
+        return torch.stack(list(losses.values())).sum()
+
+
+def load_start(network: Detector, state_dict: Mapping[str, Tensor], source: str) -> list[str]:
+    """Loads weights to start from: a classifier's into the backbone, or those of a detector of perhaps other classes.
+
+    Args:
+        network: A freshly made network.
+        state_dict: Weights of a classifier, of either naming, or of a detector.
+        source: Where they come from, for errors.
+
+    Returns:
+        A sentence for each thing that was not loaded as it is.
+
+    Raises:
+        UserError: Naming the tensors that do not fit.
+    """
+    if any(name.startswith(_BODY) for name in state_dict):
+        return _load_detector(network, state_dict, source)
+    weights = checkpoint_filter_fn(state_dict, network.body)
+    used = {name: tensor for name, tensor in weights.items() if not name.startswith(_UNUSED)}
+    load_weights(network.body, used, source)
+    unused = ", ".join(sorted({name.split(".")[0] for name in weights.keys() - used.keys()}))
+    left = f"; its {unused} is left out" if unused else ""
+    return [f"the backbone starts from {source}{left}; pyramid and heads start afresh"]
+
+
+def _load_detector(network: Detector, state_dict: Mapping[str, Tensor], source: str) -> list[str]:
+    fresh = network.state_dict()
+    of_classes = _names_of_classes(network, fresh)
+    others = [name for name in of_classes if name in state_dict and state_dict[name].shape != fresh[name].shape]
+    load_weights(network, {**state_dict, **{name: fresh[name] for name in others}}, source)
+    return [f"{source} is of other classes: {', '.join(others)} start afresh"] if others else []
+
+
+def _names_of_classes(network: Detector, names: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """The tensors whose shapes depend on the number of classes."""
+    layers = ("classification_head.cls_logits.", "box_predictor.", "mask_predictor.mask_fcn_logits.")
+    return [name for name in names if any(layer in name for layer in layers)]

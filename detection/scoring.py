@@ -1,0 +1,73 @@
+"""Scores the weights that a configuration names; shared by detection/test.py and `detection/train.py --eval`."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from pycocotools.coco import COCO
+from yacs.config import CfgNode
+
+from data.datasets import map_classes
+from detection.data import build_eval_data
+from detection.metrics import BoxScore, DetectionSums
+from detection.model import build_detector
+from models.build import load_weights
+from utils import checkpoint
+from utils.dist import World, together
+from utils.engine import evaluate
+from utils.optim import Precision, memory_format
+from utils.scoring import choose_weights, weights_file
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a detector found and reached.
+
+    Attributes:
+        score: Over all ranks.
+        results: What was found by all ranks, in the form of COCO's results.
+        coco: The truth.
+        images_per_s: Images per second, over all ranks, with loading and without COCO's scoring.
+    """
+
+    score: BoxScore
+    results: list[dict[str, Any]]
+    coco: COCO
+    images_per_s: float
+
+
+def score_weights(
+    config: CfgNode, world: World, precision: Precision, use_ema: bool = False, random_weights: bool = False
+) -> Scored:
+    """Scores weights on the validation data, every image once.
+
+    Args:
+        config: The configuration.
+        world: This process among all.
+        precision: How to compute.
+        use_ema: Whether to take the moving average out of the checkpoint.
+        random_weights: Whether to score fresh weights instead of a checkpoint's.
+
+    Raises:
+        UserError: If weights, data and configuration do not fit together.
+    """
+    with together():
+        source = None if random_weights else weights_file(config)
+        state: dict[str, Any] = checkpoint.load(source) if source else {}
+        data = build_eval_data(config, world)
+        found = data.classes or []
+        classes = state.get("classes") or found
+        map_classes(found, classes, len(classes))  # refuses those that the network does not know
+        network = build_detector(config, len(classes))
+        if source:
+            load_weights(network, choose_weights(state, use_ema, source), source)
+        network.to(world.device, memory_format=memory_format(config))
+        if found != classes:
+            _log.info("%d of the checkpoint's %d classes are in the data; matched by name", len(found), len(classes))
+    sums = DetectionSums(data.coco, classes, data.with_masks, data.is_main)
+    start = time.perf_counter()
+    score = evaluate(network, data.loader, data.finish, world, precision, data.images, data.rounds, sums=sums)
+    return Scored(score, sums.results, data.coco, score.images / (time.perf_counter() - start))

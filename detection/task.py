@@ -1,0 +1,60 @@
+"""The task of detecting objects."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from yacs.config import CfgNode
+
+from data.build import TrainData
+from data.datasets import check_same_classes
+from detection.batch import Batch, finish
+from detection.data import CocoEvalData, build_eval_data, build_train_data, has_masks
+from detection.metrics import BoxScore, DetectionSums, MaskScore
+from detection.model import Detector, SumOfLosses, build_detector, load_start
+from utils import checkpoint
+from utils.dist import World
+from utils.task import Task
+
+_log = logging.getLogger(__name__)
+
+
+def detection(config: CfgNode) -> Task:
+    """To detect objects with the configured detector."""
+    return Task(
+        measures=(MaskScore if has_masks(config) else BoxScore).measures,
+        open_data=_open_data,
+        build_network=_build_network,
+        start_from_pretrained=_start_from_pretrained,
+        build_loss=_build_loss,
+        build_finish=_build_finish,
+        build_sums=_build_sums,
+    )
+
+
+def _open_data(config: CfgNode, here: World) -> tuple[TrainData, CocoEvalData]:
+    train_data, eval_data = build_train_data(config, here), build_eval_data(config, here)
+    check_same_classes(train_data.classes, eval_data.classes)
+    return train_data, eval_data
+
+
+def _build_network(config: CfgNode, data: TrainData) -> Detector:
+    return build_detector(config, len(data.classes or []))
+
+
+def _start_from_pretrained(config: CfgNode, network: Detector) -> None:
+    if path := config.MODEL.PRETRAINED:
+        for sentence in load_start(network, checkpoint.load(path)["model"], path):
+            _log.warning(sentence)
+
+
+def _build_loss(_config: CfgNode) -> SumOfLosses:
+    return SumOfLosses()
+
+
+def _build_finish(_config: CfgNode, _device: torch.device) -> Callable[[Batch], Batch]:
+    return finish
+
+
+def _build_sums(data: CocoEvalData, _device: torch.device) -> DetectionSums:
+    return DetectionSums(data.coco, data.classes or [], data.with_masks, data.is_main)

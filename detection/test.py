@@ -1,0 +1,129 @@
+"""Score a detector's checkpoint on the validation images by COCO's average precision, of boxes and masks.
+
+Usage:
+    python detection/test.py --cfg configs/detection/mask_rcnn_small.yaml --data-path COCO --resume best.pth
+    torchrun --nproc_per_node 8 detection/test.py --cfg configs/detection/mask_rcnn_small.yaml --data-path COCO \\
+      --resume best.pth --json score.json --detections detections.json --save-pictures pictures
+"""
+
+import argparse
+import csv
+import json
+import logging
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from yacs.config import CfgNode
+
+from detection.config import check, default_config
+from utils.cli import check_report, config_from, make_parser, run
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from detection.scoring import Scored
+
+_log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Parses, then scores."""
+    parser = make_parser(__doc__, data="folder of the images' folders and of annotations/")
+    parser.add_argument("--ema", action="store_true", help="score the checkpoint's moving average")
+    parser.add_argument("--random-weights", action="store_true", help="score a network that knows nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the score there too")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="write each class's AP there, as CSV")
+    parser.add_argument(
+        "--detections", type=Path, metavar="FILE", help="write what was found there, in COCO's form of results"
+    )
+    parser.add_argument("--save-pictures", type=Path, metavar="DIR", help="draw what is there, and what was found")
+    parser.add_argument("--pictures", type=int, default=24, metavar="N", help="of so many images (24)")
+    parser.add_argument("--min-score", type=float, default=0.5, metavar="S", help="draw what is at least so sure (0.5)")
+    arguments = parser.parse_args()
+    config = config_from(arguments, default_config, check)
+    for flag in ("json", "classes", "detections"):
+        check_report(getattr(arguments, flag), f"--{flag}")
+    if arguments.save_pictures and arguments.save_pictures.exists() and not arguments.save_pictures.is_dir():
+        raise UserError(f"--save-pictures {arguments.save_pictures} is a file: name a folder")
+    if arguments.pictures < 1:
+        raise UserError(f"--pictures {arguments.pictures}: draw at least 1, or leave --save-pictures out")
+    score(arguments, config)
+
+
+def score(arguments: argparse.Namespace, config: CfgNode) -> None:
+    """Scores, and prints and writes the result on rank 0."""
+    # Torch and timm take seconds to import: a wrong key or flag is told of before.
+    from detection.pictures import save_pictures
+    from detection.scoring import score_weights
+    from utils.dist import world
+    from utils.logger import setup_logging
+    from utils.metrics import describe
+    from utils.optim import choose_scoring_precision
+
+    with world(config.DEVICE, config.RANK_TIMEOUT) as here:
+        setup_logging(here.is_main)
+        precision = choose_scoring_precision(config, here.device, _log.info)
+        scored = score_weights(config, here, precision, arguments.ema, arguments.random_weights)
+        if not here.is_main:
+            return
+        print(f" * {describe(scored.score)}")
+        _log.info(
+            "%d images, %d detections, %.1f images/s, %s on %d x %s",
+            scored.score.images, len(scored.results), scored.images_per_s, precision.name, here.size, here.device.type,
+        )  # fmt: skip
+        settings = {
+            "images_per_s": scored.images_per_s,
+            "ranks": here.size,
+            "precision": precision.name,
+            "weights": config.MODEL.RESUME or config.MODEL.PRETRAINED or "random",
+            "ema": arguments.ema,
+        }
+        write_reports(arguments, scored, settings)
+        if arguments.save_pictures:
+            images = Path(config.DATA.DATA_PATH) / config.DATA.VAL_IMAGES
+            save_pictures(
+                arguments.save_pictures, images, scored.coco, scored.results, arguments.pictures, arguments.min_score
+            )
+
+
+def write_reports(arguments: argparse.Namespace, scored: "Scored", settings: dict[str, Any]) -> None:
+    """Writes the files that the flags name."""
+    from detection.coco import categories
+    from utils.checkpoint import write_beside
+
+    values = {name: _finite(value) for name, value in asdict(scored.score).items()}
+    names = list(categories(scored.coco).values())
+    of_classes = {name: values.pop(name) for name in list(values) if name.endswith("_of_classes")}
+    by_class = [
+        {"class": name} | {measure.removesuffix("_of_classes"): of[place] for measure, of in of_classes.items()}
+        for place, name in enumerate(names)
+    ]
+    if arguments.json:
+        text = json.dumps(values | {"classes": by_class} | settings, indent=2) + "\n"
+        write_beside(arguments.json, lambda beside: beside.write_text(text))
+    if arguments.classes:
+        write_beside(arguments.classes, lambda beside: _write_table(beside, by_class))
+    if arguments.detections:
+        write_beside(arguments.detections, lambda beside: beside.write_text(json.dumps(scored.results)))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has nothing for what is not a number."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+
+
+if __name__ == "__main__":
+    run(main)

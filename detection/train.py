@@ -1,0 +1,48 @@
+"""Train a detector, or score one with --eval.
+
+Usage:
+    python detection/train.py --cfg configs/detection/mask_rcnn_small.yaml --data-path COCO --pretrained weights.pth
+    torchrun --nproc_per_node 8 detection/train.py --cfg configs/detection/mask_rcnn_small.yaml --data-path COCO \
+      --pretrained weights.pth --output O --tag T
+
+--pretrained takes the weights of a classifier, for the backbone, or those of a detector. What else a run starts from,
+and how it goes on, is as in train.py.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from detection.config import check, default_config
+from utils.cli import config_from, make_parser, run
+
+_log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Parses, then trains or scores."""
+    arguments = make_parser(__doc__, data="folder of the images' folders and of annotations/").parse_args()
+    config = config_from(arguments, default_config, check)
+
+    # Torch and timm take seconds to import: a wrong key or flag is told of before.
+    from detection.scoring import score_weights
+    from detection.task import detection
+    from utils.dist import world
+    from utils.logger import setup_logging
+    from utils.metrics import describe
+    from utils.optim import choose_precision, choose_scoring_precision
+    from utils.trainer import train
+
+    with world(config.DEVICE, config.RANK_TIMEOUT) as here:
+        setup_logging(here.is_main)
+        if config.EVAL_MODE:
+            scored = score_weights(config, here, choose_scoring_precision(config, here.device, _log.info))
+            _log.info(f" * {describe(scored.score)}")
+        else:
+            train(config, here, choose_precision(config, here.device, _log.info), detection(config))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,172 @@
+"""detection/train.py and detection/test.py as a user starts them: killed and gone on with, on ranks, on bad input."""
+
+import csv
+import json
+import math
+import shutil
+import signal
+
+import pytest
+import torch
+from PIL import Image
+
+from detection.coco import read_coco
+from detection.metrics import score
+from models import GroupMixFormer
+from utils import checkpoint
+
+pytest_plugins = ["detection_scenes"]
+pytestmark = pytest.mark.slow
+
+PARTS = ("model", "ema", "optimizer", "scaler", "progress", "best", "classes")
+
+
+def exact(run):
+    """The metrics of a run without the speeds, to the last bit."""
+    return [{key: repr(value) for key, value in line.items()} for line in run.numbers()]
+
+
+@pytest.fixture
+def scoring_words(trained_detector, coco_tree, tiny_detector):
+    """What follows detection/test.py."""
+    return ["--cfg", tiny_detector, "--data-path", coco_tree, "--resume", trained_detector.folder / "best.pth"]
+
+
+def test_a_run_tells_its_scores_and_keeps_its_best(trained_detector):
+    scores = [line for line in trained_detector.metrics() if "box_ap" in line]
+    assert [line["epoch"] for line in scores] == [0, 1]
+    assert {"box_ap", "box_ap50", "mask_ap", "mask_ap_small", "ema_box_ap", "ema_mask_ap75"} <= set(scores[0])
+    assert all(0 <= line["ema_box_ap"] <= 100 and line["loss"] is None for line in scores)
+    best = trained_detector.checkpoint("best.pth")["best"]
+    assert best["box_ap"] == max(line["ema_box_ap"] for line in scores)
+    assert trained_detector.checkpoint()["classes"] == ["square", "disc", "bar"]
+    assert " * box AP " in trained_detector.result.stdout and "best so far: box AP" in trained_detector.result.stdout
+    losses = [line["loss"] for line in trained_detector.updates()]
+    assert len(losses) == 12 and all(map(math.isfinite, losses))
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    start, call, trained_detector, detector_words, tmp_path, differences
+):
+    words = detector_words(tmp_path / "output")
+    fault = {"at": "update 9", "do": "kill", "rank": 0, "mark": str(tmp_path / "killed")}
+    killed = start("tests/survival_faults.py", json.dumps([fault]), "detection/train.py", *words)
+    assert killed.code == -signal.SIGKILL and "Train: [1/2][3/6]" in killed.stdout
+    result = call("detection/train.py", *words)
+    assert result.code == 0, result.stderr
+    assert "going on from" in result.stdout and "epoch 1, update 2" in result.stdout
+    run = type(trained_detector)(result, tmp_path / "output" / "tiny" / "run")
+    for part in PARTS:
+        assert not differences(run.checkpoint()[part], trained_detector.checkpoint()[part], part)
+    assert exact(run) == exact(trained_detector)
+
+
+def test_two_ranks_train_and_score_every_image_once(start, call, detector_words, coco_tree, tmp_path):
+    words = detector_words(tmp_path, "TRAIN.EPOCHS 1 TRAIN.EMA_DECAY 0.0 MODEL.DETECTOR.SCORE_THRESHOLD 0")
+    trained = start("detection/train.py", *words, ranks=2)
+    assert trained.code == 0, trained.stderr
+    reached = [json.loads(line) for line in (tmp_path / "tiny" / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = tmp_path / "tiny" / "run" / "last.pth"
+    words = [*words[:4], "--resume", last, "--json", tmp_path / "one.json", "--detections", tmp_path / "found.json"]
+    alone = call("detection/test.py", *words, "--opts", "MODEL.DETECTOR.SCORE_THRESHOLD", 0)
+    assert alone.code == 0, alone.stderr
+    one = json.loads((tmp_path / "one.json").read_text())
+    assert one["images"] == 7 and one["box_ap"] == reached[-1]["box_ap"] and one["mask_ap"] == reached[-1]["mask_ap"]
+    seen = {result["image_id"] for result in json.loads((tmp_path / "found.json").read_text())}
+    assert seen == set(read_coco(coco_tree / "annotations" / "instances_val2017.json").imgs)
+
+
+def test_scoring_writes_what_it_says_in_every_form(call, scoring_words, coco_tree, tmp_path):
+    table, detections, pictures = tmp_path / "classes.csv", tmp_path / "found.json", tmp_path / "pictures"
+    words = ["--ema", "--json", tmp_path / "score.json", "--classes", table, "--detections", detections]
+    words += ["--save-pictures", pictures, "--pictures", 5, "--min-score", 0]
+    result = call("detection/test.py", *scoring_words, *words, "--opts", "MODEL.DETECTOR.SCORE_THRESHOLD", 0.0)
+    assert result.code == 0, result.stderr
+    written = json.loads((tmp_path / "score.json").read_text())
+    assert f"box AP {written['box_ap']:.3f}" in result.stdout and f"mask AP {written['mask_ap']:.3f}" in result.stdout
+    assert written["images"] == 7 and written["ema"] is True and written["ranks"] == 1
+
+    coco = read_coco(coco_tree / "annotations" / "instances_val2017.json")
+    found = json.loads(detections.read_text())
+    again = score(coco, found, 7, with_masks=True)
+    assert len(found) > 20 and (again.box_ap, again.mask_ap) == (written["box_ap"], written["mask_ap"])
+
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == ["square", "disc", "bar"]
+    assert [float(row["box_ap"]) for row in rows] == pytest.approx(again.box_ap_of_classes, nan_ok=True)
+
+    names = sorted(path.name for path in pictures.iterdir())
+    assert names == [*(f"{number:03d}.png" for number in range(5)), "overview.png"]
+    with Image.open(pictures / "000.png") as picture:
+        left = picture.crop((0, 0, picture.width // 2, picture.height))
+        right = picture.crop((picture.width - left.width, 0, picture.width, picture.height))
+        assert left.tobytes() != right.tobytes()
+
+
+def test_train_scores_with_eval_as_test_does(call, scoring_words):
+    trained, tested = (
+        call(f"detection/{name}.py", *scoring_words, *flags) for name, *flags in (("train", "--eval"), ("test",))
+    )
+    assert trained.code == tested.code == 0, trained.stderr + tested.stderr
+    line = next(line for line in tested.stdout.splitlines() if line.startswith(" * box AP"))
+    assert line in trained.stdout
+
+
+def test_a_run_starts_from_a_classifiers_checkpoint(call, detector_words, tmp_path):
+    torch.manual_seed(3)
+    network = GroupMixFormer(embed_dims=(40,) * 4, depths=(1,) * 4, mlp_ratios=(1,) * 4, num_classes=5)
+    torch.save({"model": network.state_dict()}, tmp_path / "classifier.pth")
+    opts = "TRAIN.EPOCHS 1 TRAIN.BASE_LR 0 TRAIN.WARMUP_LR 0 TRAIN.EMA_DECAY 0 MODEL.FREEZE_STATISTICS True"
+    words = detector_words(tmp_path, f"{opts} MODEL.DETECTOR.NAME retinanet")
+    result = call("detection/train.py", *words, "--pretrained", tmp_path / "classifier.pth")
+    assert result.code == 0, result.stderr
+    assert "its head, norm is left out; pyramid and heads start afresh" in result.stdout
+    weights = checkpoint.load(tmp_path / "tiny" / "run" / "last.pth")["model"]
+    kept = {name: value for name, value in network.state_dict().items() if not name.startswith(("head.", "norm."))}
+    assert all(torch.equal(weights[f"detector.backbone.body.{name}"], value) for name, value in kept.items())
+
+
+def test_broken_images_are_replaced_and_listed_where_that_is_asked_for(call, coco_tree, tiny_detector, tmp_path):
+    tree = shutil.copytree(coco_tree, tmp_path / "tree")
+    (tree / "train2017" / "001.png").write_bytes(b"no image")
+    words = ["--cfg", tiny_detector, "--data-path", tree, "--output", tmp_path, "--tag", "run"]
+    opts = ["--opts", "TRAIN.EPOCHS", "1", "TRAIN.EMA_DECAY", "0", "MODEL.DETECTOR.NAME", "retinanet"]
+    stopped = call("detection/train.py", *words, *opts)
+    assert stopped.code == 2 and "001.png is broken" in stopped.errors[0]
+    result = call("detection/train.py", *words, *opts, "DATA.ON_ERROR", "skip", "DATA.MAX_BROKEN", "0.5")
+    assert result.code == 0, result.stderr
+    assert "001.png is broken" in (tmp_path / "tiny" / "run" / "broken.txt").read_text()
+
+
+BAD = [
+    ("train", ["--opts", "DATA.IMG_SIZE", "800"], "unknown key DATA.IMG_SIZE"),
+    ("train", ["--opts", "MODEL.DETECTOR.NAME", "yolo"], "choose one of mask_rcnn, faster_rcnn, retinanet"),
+    ("train", ["--opts", "DATA.SHORT_SIDES", "[800]"], "above DATA.LONG_SIDE 64"),
+    ("train", ["--data-path", "nowhere"], "instances_train2017.json cannot be read"),
+    ("test", [], "no weights to score"),
+    ("test", ["--random-weights", "--json", "nowhere/score.json"], "--json nowhere/score.json: name a file"),
+    ("test", ["--random-weights", "--save-pictures", "README.md"], "README.md is a file: name a folder"),
+    ("test", ["--random-weights", "--pictures", "0"], "draw at least 1"),
+]
+
+
+@pytest.mark.parametrize(("program", "flags", "message"), BAD, ids=[message for _, _, message in BAD])
+def test_bad_input_is_told_of_in_one_line(call, detector_words, tmp_path, program, flags, message):
+    result = call(f"detection/{program}.py", *detector_words(tmp_path / "output"), *flags)
+    assert result.code == 2 and len(result.stderr.splitlines()) == 1
+    assert message in result.errors[0]
+    assert not (tmp_path / "output").exists()
+
+
+def test_weights_of_another_detector_are_refused(call, scoring_words):
+    result = call("detection/test.py", *scoring_words, "--opts", "MODEL.DETECTOR.NAME", "retinanet")
+    assert result.code == 2 and "does not fit the network" in result.errors[0]
+
+
+def test_classes_that_the_checkpoint_does_not_know_are_refused(call, scoring_words, coco_tree, tmp_path):
+    tree = shutil.copytree(coco_tree, tmp_path / "tree")
+    path = tree / "annotations" / "instances_val2017.json"
+    path.write_text(path.read_text().replace('"disc"', '"ring"'))
+    result = call("detection/test.py", *scoring_words, "--data-path", tree)
+    assert result.code == 2 and "the checkpoint does not know the classes ring" in result.errors[0]
