@@ -110,13 +110,20 @@ def test_a_checkpoint_teaches_what_its_network_answers(taught):
 def test_a_network_of_timm_teaches_with_weights_from_a_file(tmp_path):
     network = timm.create_model(TIMM_TEACHER, num_classes=3).eval()
     torch.save(network.state_dict(), tmp_path / "w.pth")
-    config = teacher_config(TIMM_TEACHER, DISTILL__WEIGHTS=str(tmp_path / "w.pth"), DATA__MEAN=[0.5] * 3)
-    settings = network.pretrained_cfg
-    config.DATA.MEAN, config.DATA.STD = list(settings["mean"]), list(settings["std"])
-    images = torch.randn(2, 3, 64, 64)
-    _, (_, answers) = build_teacher(config, 3, None, FP32, CPU)(images, torch.tensor([0, 1]))
+    config = teacher_config(
+        TIMM_TEACHER, DISTILL__WEIGHTS=str(tmp_path / "w.pth"), DATA__MEAN=[0.1, 0.2, 0.3], DATA__STD=[0.5, 0.25, 0.125]
+    )
+    pixels = torch.rand(2, 3, 64, 64)
+    ours, its = (
+        (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+        for mean, std in (
+            (config.DATA.MEAN, config.DATA.STD),
+            (network.pretrained_cfg["mean"], network.pretrained_cfg["std"]),
+        )
+    )
+    _, (_, answers) = build_teacher(config, 3, None, FP32, CPU)(ours, torch.tensor([0, 1]))
     with torch.no_grad():
-        torch.testing.assert_close(answers, network(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(answers, network(its), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +162,7 @@ def test_a_run_learns_from_a_teacher_and_goes_on_to_the_same_bits(train, trained
     opts = f"DISTILL.TEACHER {trained.folder / 'best.pth'} DISTILL.ALPHA 0.9 TRAIN.EPOCHS 2 AUG.MIXUP 0.8"
     whole = train(tmp_path / "whole", opts=opts)
     assert "loss DistillationLoss, Teacher" in whole.result.stdout
+    assert "best.pth: 80,310 parameters, after Mixup" in whole.result.stdout
     train(tmp_path / "plain", opts="TRAIN.EPOCHS 2 AUG.MIXUP 0.8")
     plain = checkpoint.load(tmp_path / "plain/tiny/run/last.pth")
     assert differences(whole.checkpoint()["model"], plain["model"])
