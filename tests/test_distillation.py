@@ -6,16 +6,17 @@ import re
 import pytest
 import timm
 import torch
-from helpers_unit import CPU, configured, examples
+from helpers_unit import ALONE, CPU, configured, examples, write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from models.build import build_model
 from utils import checkpoint
+from utils.classification import classification
 from utils.distillation import DistillationLoss, Teacher, build_teacher, check_teacher
 from utils.errors import UserError
-from utils.optim import Precision
+from utils.optim import Precision, build_loss
 
 FP32 = Precision("fp32", "cpu")
 TINY = {
@@ -77,6 +78,16 @@ def test_the_hard_loss_takes_the_teachers_first_class_for_the_label():
     loss = DistillationLoss(nn.CrossEntropyLoss(), 0.5, 3.0, hard=True)(logits, (torch.tensor([0]), taught))
     shares = logits.log_softmax(dim=1)[0]
     assert loss.item() == pytest.approx(-(shares[0] + shares[1]).item() / 2)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_a_run_learns_by_the_configured_loss(kind):
+    config = teacher_config("teacher.pth", DISTILL__KIND=kind, DISTILL__ALPHA=0.3, DISTILL__TEMPERATURE=2.0)
+    logits, labels, taught = torch.randn(2, 3), torch.eye(3)[:2], torch.randn(2, 3)
+    expected = DistillationLoss(build_loss(config), 0.3, 2.0, hard=kind == "hard")
+    assert torch.equal(
+        classification().build_loss(config)(logits, (labels, taught)), expected(logits, (labels, taught))
+    )
 
 
 def test_a_teacher_sees_the_mixed_images_normalised_as_it_was_trained():
@@ -155,6 +166,15 @@ def test_a_teacher_of_other_classes_is_refused(taught):
     check_teacher(teacher_config(path), ["a", "b", "c"])
     with pytest.raises(UserError, match=re.escape(f"{path} knows other classes than the data has")):
         check_teacher(teacher_config(path), ["a", "c", "b"])
+
+
+def test_a_run_refuses_a_teacher_of_other_classes(taught, tmp_path):
+    path, _ = taught
+    for split in ("train", "val"):
+        write_folder(tmp_path / "data" / split, {"a": 2, "b": 1, "d": 1})
+    config = teacher_config(path, DATA__DATA_PATH=str(tmp_path / "data"), DATA__BATCH_SIZE=2, DATA__NUM_WORKERS=0)
+    with pytest.raises(UserError, match="knows other classes than the data has"):
+        classification().open_data(config, ALONE)
 
 
 @pytest.mark.slow
