@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from yacs.config import CfgNode
 
 from utils.cli import check_report, config_from, make_parser, run
+from utils.config import check_to_score
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def main() -> None:
         "--report", metavar="DIR", help="write the score of each class, confusion, calibration and mistakes there"
     )
     arguments = parser.parse_args()
-    config = config_from(arguments)
+    config = config_from(arguments, check=check_to_score)
     check_report(Path(arguments.json) if arguments.json else None)
     if arguments.report and config.THROUGHPUT_MODE:
         raise UserError("--report tells of a score, and --throughput makes none: leave one of them out")
@@ -47,6 +48,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from models.build import build_model
     from models.fuse import fuse
+    from utils.checkpoint import write_text
     from utils.dist import together, world
     from utils.logger import setup_logging
     from utils.optim import choose_scoring_precision
@@ -92,7 +94,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
                 here.size, here.device.type,
             )  # fmt: skip
             if arguments.json:
-                Path(arguments.json).write_text(json.dumps(facts, indent=2) + "\n")
+                write_text(Path(arguments.json), json.dumps(facts, indent=2) + "\n")
         outcomes = sums.outcomes() if sums else None
         with together():
             if outcomes and here.is_main:

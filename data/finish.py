@@ -11,8 +11,29 @@ from yacs.config import CfgNode
 from utils.optim import memory_format
 
 
-class Finish:
-    """8-bit images [B, C, H, W] -> the network's input, in the layout that the configuration asks for.
+class Normalize:
+    """8-bit images [B, C, H, W] -> normalised ones, in the layout that the configuration asks for.
+
+    Args:
+        config: The configuration, of any task.
+        device: Where the images are.
+    """
+
+    def __init__(self, config: CfgNode, device: torch.device) -> None:
+        self._layout = memory_format(config)
+        # Tensors on the device, as CUDA divides by a number of Python's by multiplying with its rounded inverse.
+        self._white = torch.tensor(255.0, device=device)
+        self._mean = torch.tensor(config.DATA.MEAN, device=device).view(-1, 1, 1)
+        self._std = torch.tensor(config.DATA.STD, device=device).view(-1, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalises as torchvision's ToTensor and Normalize do, to the same bits."""
+        images = images.to(torch.float32, memory_format=self._layout)
+        return images.div_(self._white).sub_(self._mean).div_(self._std)
+
+
+class Finish(Normalize):
+    """8-bit images [B, C, H, W] -> the network's input.
 
     Erasing draws from the generators as they stand, so whoever calls in training seeds them for the step.
 
@@ -23,17 +44,13 @@ class Finish:
     """
 
     def __init__(self, config: CfgNode, device: torch.device, is_training: bool) -> None:
-        aug, self._layout = config.AUG, memory_format(config)
-        # Tensors on the device, as CUDA divides by a number of Python's by multiplying with its rounded inverse.
-        self._white = torch.tensor(255.0, device=device)
-        self._mean = torch.tensor(config.DATA.MEAN, device=device).view(-1, 1, 1)
-        self._std = torch.tensor(config.DATA.STD, device=device).view(-1, 1, 1)
+        super().__init__(config, device)
+        aug = config.AUG
         self._erase = RandomErasing(
             aug.REPROB if is_training else 0.0, mode=aug.REMODE, max_count=aug.RECOUNT, device=device
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalises as torchvision's ToTensor and Normalize do, to the same bits, and erases."""
-        images = images.to(torch.float32, memory_format=self._layout)
-        images = images.div_(self._white).sub_(self._mean).div_(self._std)
+        """Normalises, and erases."""
+        images = super().__call__(images)
         return self._erase(images) if self._erase.probability else images

@@ -14,7 +14,6 @@ from detection.metrics import BoxScore, DetectionSums, MaskScore
 from detection.model import Detector, SumOfLosses, build_detector, load_start
 from utils import checkpoint
 from utils.dist import World
-from utils.optim import Precision
 from utils.task import Task
 
 _log = logging.getLogger(__name__)
@@ -29,9 +28,7 @@ def detection(config: CfgNode) -> Task:
         start_from_pretrained=_start_from_pretrained,
         build_loss=_build_loss,
         build_finish=_build_finish,
-        build_mixup=_build_mixup,
         build_sums=_build_sums,
-        compile=None,
     )
 
 
@@ -57,10 +54,6 @@ def _build_loss(_config: CfgNode) -> SumOfLosses:
 
 def _build_finish(_config: CfgNode, _device: torch.device) -> Callable[[Batch], Batch]:
     return finish
-
-
-def _build_mixup(_config: CfgNode, _network: Detector, _precision: Precision) -> None:
-    """None: images of several sizes are not mixed."""
 
 
 def _build_sums(data: CocoEvalData, _device: torch.device) -> DetectionSums:

@@ -22,24 +22,27 @@ def build_model(config: CfgNode, num_classes: int) -> GroupMixFormer:
     Raises:
         UserError: If the settings cannot make a network.
     """
-    gma = config.MODEL.GMA
     try:
-        model = GroupMixFormer(
-            in_chans=gma.IN_DIM,
-            num_classes=num_classes,
-            embed_dims=gma.EMBEDDING_DIMS,
-            depths=gma.SERIAL_DEPTHS,
-            mlp_ratios=gma.MLP_RATIOS,
-            num_heads=gma.NUM_HEADS,
-            qkv_bias=gma.QKV_BIAS,
-            qk_scale=gma.QKV_SCALE,
-            proj_drop_rate=gma.DROP_RATE,
-            drop_path_rate=gma.DROP_PATH_RATE,
-        )
+        model = GroupMixFormer(in_chans=config.MODEL.GMA.IN_DIM, num_classes=num_classes, **network_settings(config))
     except ValueError as error:
         raise UserError(f"MODEL.GMA: {error}") from None
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT, config.TRAIN.RECOMPUTE)
     return model
+
+
+def network_settings(config: CfgNode) -> dict[str, Any]:
+    """What the configuration says of the network, beside its input and its classes, as `GroupMixFormer` takes it."""
+    gma = config.MODEL.GMA
+    return {
+        "embed_dims": gma.EMBEDDING_DIMS,
+        "depths": gma.SERIAL_DEPTHS,
+        "mlp_ratios": gma.MLP_RATIOS,
+        "num_heads": gma.NUM_HEADS,
+        "qkv_bias": gma.QKV_BIAS,
+        "qk_scale": gma.QKV_SCALE,
+        "proj_drop_rate": gma.DROP_RATE,
+        "drop_path_rate": gma.DROP_PATH_RATE,
+    }
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:

@@ -617,13 +617,22 @@ def checkpoint_block(block: GroupMixBlock, x: Tensor) -> Tensor:
 
 def _checkpoint_contexts(block: GroupMixBlock, kept: list[Any]) -> tuple[Any, Any]:
     forward, again = create_selective_checkpoint_contexts(kept) if kept else (contextlib.nullcontext(),) * 2
-    return forward, _recomputation(block, again)
+    return forward, _Recomputation(block, again)
 
 
-@contextlib.contextmanager
-def _recomputation(block: GroupMixBlock, selection: Any) -> Iterator[None]:
-    with frozen_statistics(block), selection:
-        yield
+class _Recomputation:
+    """The context of a recomputation, entered once more for each backward pass."""
+
+    def __init__(self, block: GroupMixBlock, selection: Any) -> None:
+        self._block, self._selection = block, selection
+
+    def __enter__(self) -> None:
+        self._entered = contextlib.ExitStack()
+        self._entered.enter_context(frozen_statistics(self._block))
+        self._entered.enter_context(self._selection)
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.__exit__(*error)
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:

@@ -129,11 +129,12 @@ class Life:
     """One run in its folder, which may be started many times.
 
     Attributes:
-        words: What follows train.py.
+        words: What follows the program.
         output: What --output is.
         call: Runs a program inside this process.
         ranks: How many.
         starts: All so far.
+        program: What trains.
     """
 
     words: list[str]
@@ -141,6 +142,7 @@ class Life:
     call: Callable[..., Result]
     ranks: int = 1
     starts: list[Started] = field(default_factory=list)
+    program: str = "train.py"
 
     @property
     def folder(self) -> Path:
@@ -167,7 +169,7 @@ class Life:
         launcher = ["torchrun", "--standalone", "--nproc_per_node", str(self.ranks), "--max-restarts", str(restarts)]
         words = [*(launcher if self.ranks > 1 else ["python"])]
         words += ["tests/survival_faults.py", json.dumps(spec)] if faults else []
-        words += ["train.py", *self.words, *add.split()]
+        words += [self.program, *self.words, *add.split()]
         shell = ["bash", "-c", f'{under}; exec "$@"', "bash"] if under else []
         self.starts.append(Started(shell + words, logs, marks))
         return self.starts[-1]
@@ -182,7 +184,7 @@ class Life:
 
     def go_on(self, *words: object) -> Result:
         """Runs the command inside this process, which saves the seconds that starting it takes; for one rank."""
-        return self.call("train.py", *self.words, *words)
+        return self.call(self.program, *self.words, *words)
 
     def run(self, result: Result) -> Run:
         """The run as it is after a start that ended so."""
@@ -255,20 +257,30 @@ def survival_words(survival_tree: Path, tiny_config: Path, everything_random: st
 
 
 @pytest.fixture
-def make_life(
-    tmp_path: Path, survival_words: Callable[..., list[str]], call: Callable[..., Result]
-) -> Iterator[Callable[..., Life]]:
-    """Begins a run: `make_life(ranks=1, workers=0, opts="", data=..., name="output")`; starts nothing yet."""
+def begin_life(call: Callable[..., Result]) -> Iterator[Callable[..., Life]]:
+    """Begins a run of a program: `begin_life(words, output, ranks=1, program="train.py")`; starts nothing yet."""
     made = []
+
+    def begin(words: list[str], output: Path, ranks: int = 1, program: str = "train.py") -> Life:
+        made.append(Life(words, output, call, ranks, program=program))
+        return made[-1]
+
+    yield begin
+    for started in (started for life in made for started in life.starts):
+        started.send_to_all(signal.SIGKILL)
+
+
+@pytest.fixture
+def make_life(
+    tmp_path: Path, survival_words: Callable[..., list[str]], begin_life: Callable[..., Life]
+) -> Callable[..., Life]:
+    """Begins a run: `make_life(ranks=1, workers=0, opts="", data=..., name="output")`; starts nothing yet."""
 
     def make(name: str = "output", **settings: Any) -> Life:
         output = tmp_path / name
-        made.append(Life(survival_words(output, **settings), output, call, settings.get("ranks", 1)))
-        return made[-1]
+        return begin_life(survival_words(output, **settings), output, settings.get("ranks", 1))
 
-    yield make
-    for started in (started for life in made for started in life.starts):
-        started.send_to_all(signal.SIGKILL)
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import tempfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -272,6 +273,27 @@ def test_any_file_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     checkpoint.write_beside(path, lambda beside: beside.write_text("text"))
     assert seen == [("flushed", tmp_path / "x.txt.tmp"), ("moved", path), ("flushed", tmp_path)]
     assert path.read_text() == "text"
+
+
+def test_text_goes_through_a_link_and_leaves_it(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    checkpoint.write_text(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "text"
+
+
+def test_text_goes_into_a_pipe_and_leaves_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        checkpoint.write_text(tmp_path / "pipe", "text")
+        assert read.result() == "text"
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_text_that_cannot_be_written_is_told_of_in_a_line(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "file")
+    with pytest.raises(UserError, match=r"link cannot be written \(.*No such file"):
+        checkpoint.write_text(tmp_path / "link", "text")
 
 
 def test_a_second_name_is_on_disk_too(tmp_path, monkeypatch):

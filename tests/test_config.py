@@ -23,6 +23,7 @@ from utils import config as config_module
 from utils.config import (
     accumulation_steps,
     check,
+    check_to_score,
     default_config,
     differences,
     flatten,
@@ -557,7 +558,7 @@ def test_an_option_of_a_text_key_is_taken_as_it_is_written(text):
 # Saving and comparing
 
 
-def _values_like(default):
+def _values_like(default):  # an empty list is of whole numbers
     if isinstance(default, bool):
         return st.booleans()
     if isinstance(default, int):
@@ -566,7 +567,7 @@ def _values_like(default):
         return st.floats(allow_nan=False, allow_infinity=False)
     if isinstance(default, str):
         return st.text(st.characters(codec="utf-8"), max_size=12)
-    return st.lists(_values_like(default[0]), max_size=5)
+    return st.lists(_values_like(default[0] if default else 0), max_size=5)
 
 
 _CHANGEABLE = {n: v for n, v in flatten(default_config()) if v is not None and n != "AUG.AUTO_AUGMENT"}
@@ -732,6 +733,7 @@ def test_a_value_at_the_edge_is_taken(name, value):
 
 def test_an_odd_batch_is_taken_where_nothing_mixes():
     check(configured(DATA__BATCH_SIZE=63, AUG__MIXUP=0.0, AUG__CUTMIX=0.0))
+    check_to_score(configured(DATA__BATCH_SIZE=63, AUG__MIXUP=0.8))
 
 
 @pytest.mark.parametrize("interpolation", ["lanczos", "nearest"])

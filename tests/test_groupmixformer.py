@@ -445,6 +445,16 @@ class TestActivationCheckpointing:
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         assert all(norm.track_running_stats and norm.num_batches_tracked == 2 for norm in norms)
 
+    def test_one_forward_pass_serves_several_backward_passes(self):
+        model = small_model().train()
+        model.set_grad_checkpointing()
+        x = images(2, 32, 32).requires_grad_()
+        out = model(x).sum()
+        first, second = (torch.autograd.grad(out, x, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert all(norm.num_batches_tracked == 1 for norm in norms)
+
     def test_it_can_be_turned_off_again(self):
         model = small_model()
         model.set_grad_checkpointing()

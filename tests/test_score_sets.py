@@ -12,7 +12,16 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from data.finish import Finish
-from data.imagenet_sets import (
+from models.build import build_model
+from tools.imagenet_sets.corruption_error import (
+    ALEXNET_CLEAN_ERROR,
+    ALEXNET_ERRORS,
+    SEVERITIES,
+    corruption_error,
+    relative_corruption_error,
+)
+from tools.imagenet_sets.report import corruption_row, corruptions_table, mean_row, sets_table
+from tools.imagenet_sets.sets import (
     PUBLISHED_IMAGES,
     RealSource,
     find_corruptions,
@@ -24,17 +33,8 @@ from data.imagenet_sets import (
     set_synsets,
     v2_variant,
 )
-from models.build import build_model
 from tools.score_sets import ClassFolders, Scorer, score_corrupted
-from tools.set_report import corruption_row, corruptions_table, mean_row, sets_table
 from utils import checkpoint
-from utils.corruption_error import (
-    ALEXNET_CLEAN_ERROR,
-    ALEXNET_ERRORS,
-    SEVERITIES,
-    corruption_error,
-    relative_corruption_error,
-)
 from utils.errors import UserError
 from utils.metrics import Score
 from utils.optim import Precision

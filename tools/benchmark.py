@@ -39,6 +39,7 @@ from tools.benchmarking.measure import Result, Settings, measure  # noqa: E402
 from tools.benchmarking.networks import build_network  # noqa: E402
 from tools.benchmarking.report import as_json, markdown  # noqa: E402
 from tools.benchmarking.subjects import plan  # noqa: E402
+from utils.checkpoint import write_text  # noqa: E402
 from utils.cli import Parser, check_report, run  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.optim import choose_kernels  # noqa: E402
@@ -162,9 +163,9 @@ def write(arguments: argparse.Namespace, tables: str, numbers: dict[str, Any]) -
     """Prints the tables, and writes them and the numbers where that is asked for."""
     print(tables, end="")
     if arguments.markdown:
-        arguments.markdown.write_text(tables)
+        write_text(arguments.markdown, tables)
     if arguments.json:
-        arguments.json.write_text(json.dumps(numbers, indent=2) + "\n")
+        write_text(arguments.json, json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":

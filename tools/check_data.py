@@ -36,6 +36,7 @@ from data.build import available_cores  # noqa: E402
 from data.datasets import FolderSource, Source, open_split  # noqa: E402
 from data.decoding import as_mode  # noqa: E402
 from data.tar import INDEX, tar_files  # noqa: E402
+from utils.checkpoint import write_text  # noqa: E402
 from utils.cli import Parser, check_report, run  # noqa: E402
 from utils.config import default_config  # noqa: E402
 from utils.errors import UserError, reason  # noqa: E402
@@ -337,10 +338,7 @@ def main() -> None:
     )
     print(in_words(report).encode(errors="backslashreplace").decode())  # file names need not be valid text
     if arguments.json:
-        try:
-            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--json {arguments.json} cannot be written ({reason(error)}): name another") from None
+        write_text(arguments.json, json.dumps(report, indent=2) + "\n")
     if any(report["to_mend"].values()):
         sys.exit(1)
 

@@ -24,7 +24,7 @@ import yaml  # noqa: E402
 from yacs.config import CfgNode  # noqa: E402
 
 from tools.comparing import Curves, draw_comparison  # noqa: E402
-from utils.checkpoint import write_beside  # noqa: E402
+from utils.checkpoint import write_text  # noqa: E402
 from utils.cli import Parser, check_report, run  # noqa: E402
 from utils.config import flatten  # noqa: E402
 from utils.errors import UserError, reason  # noqa: E402
@@ -154,7 +154,7 @@ def main() -> None:
     if not any(row[0] in each.settings for row in rows for each in runs):
         print("the configurations are equal")
     if arguments.markdown:
-        write_beside(arguments.markdown, lambda beside: beside.write_text(as_markdown(rows)))
+        write_text(arguments.markdown, as_markdown(rows))
     if arguments.png:
         draw_comparison(names, [each.curves for each in runs], arguments.png)
 

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models.build import build_model  # noqa: E402
-from utils.cli import run  # noqa: E402
+from utils.checkpoint import write_text  # noqa: E402
+from utils.cli import check_report, run  # noqa: E402
 from utils.config import check, load_config  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.flops import Counts, count  # noqa: E402
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=2, metavar="N", help="levels of modules in the table (default 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there too")
     arguments = parser.parse_args()
+    check_report(arguments.json)
     paths = [arguments.cfg] if arguments.cfg else [ROOT / "configs" / f"{name}.yaml" for name in _PUBLISHED]
     counts = {}
     for path in paths:
@@ -55,7 +57,7 @@ def main() -> None:
         print_sizes(counts)
     if arguments.json:
         written = {name: asdict(result) for name, result in counts.items()}
-        arguments.json.write_text(json.dumps(written[name] if arguments.cfg else written, indent=2) + "\n")
+        write_text(arguments.json, json.dumps(written[name] if arguments.cfg else written, indent=2) + "\n")
 
 
 def count_config(path: Path, size: int | None) -> tuple[str, int, Counts]:

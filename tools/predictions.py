@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from data.decoding import as_mode
-from utils.checkpoint import write_beside
+from utils.checkpoint import write_beside, write_text
 from utils.sheet import PLAIN, RIGHT, WRONG, contact_sheet, write_png
 from utils.trained import Trained
 
@@ -74,7 +74,7 @@ def write_json(predictions: list[Prediction], about: dict[str, Any], path: Path)
         if prediction.complaint
     ]
     report = json.dumps({**about, "images": images, "broken": broken}, indent=2)
-    write_beside(path, lambda beside: beside.write_text(report + "\n"))
+    write_text(path, report + "\n")
 
 
 def write_csv(predictions: list[Prediction], path: Path) -> None:

@@ -28,7 +28,18 @@ from yacs.config import CfgNode  # noqa: E402
 
 from data.build import eval_data  # noqa: E402
 from data.datasets import FolderSource, ImageSamples  # noqa: E402
-from data.imagenet_sets import (  # noqa: E402
+from data.transforms import eval_transform  # noqa: E402
+from models.fuse import fuse  # noqa: E402
+from tools.imagenet_sets.label_sums import AnyLabelSums, SubsetSums  # noqa: E402
+from tools.imagenet_sets.report import (  # noqa: E402
+    SetScore,
+    corruption_row,
+    corruptions_json,
+    corruptions_table,
+    sets_json,
+    sets_table,
+)
+from tools.imagenet_sets.sets import (  # noqa: E402
     PUBLISHED_IMAGES,
     RealSource,
     find_corruptions,
@@ -39,22 +50,11 @@ from data.imagenet_sets import (  # noqa: E402
     set_synsets,
     v2_variant,
 )
-from data.transforms import eval_transform  # noqa: E402
-from models.fuse import fuse  # noqa: E402
-from tools.set_report import (  # noqa: E402
-    SetScore,
-    corruption_row,
-    corruptions_json,
-    corruptions_table,
-    sets_json,
-    sets_table,
-)
-from utils.checkpoint import write_beside  # noqa: E402
+from utils.checkpoint import write_text  # noqa: E402
 from utils.cli import Parser, check_report, run  # noqa: E402
 from utils.dist import World, together, world  # noqa: E402
 from utils.engine import evaluate  # noqa: E402
 from utils.errors import UserError, listing  # noqa: E402
-from utils.label_sums import AnyLabelSums, SubsetSums  # noqa: E402
 from utils.logger import setup_logging  # noqa: E402
 from utils.metrics import Score, Sums, describe  # noqa: E402
 from utils.optim import Precision, memory_format  # noqa: E402
@@ -294,7 +294,7 @@ def report(
             where = {"path": str(arguments.c), "cropped": arguments.c_crop}
             values["imagenet_c"] = where | corruptions_json(rows, missing)
         text = json.dumps(values, indent=2) + "\n"
-        write_beside(arguments.json, lambda beside: beside.write_text(text))
+        write_text(arguments.json, text)
 
 
 def parse() -> argparse.Namespace:

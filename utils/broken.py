@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from utils.checkpoint import write_beside
+from utils.checkpoint import write_text
 from utils.errors import BrokenDataError, listing
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class BrokenImages:
         _log.warning("%d broken training image(s) so far, replaced by others: %s", len(known), listing(new))
         if self._folder:
             text = "".join(f"{complaint}\n" for complaint in known)
-            write_beside(self._folder / LIST, lambda beside: beside.write_text(text))
+            write_text(self._folder / LIST, text)
         if self._images and len(known) > self._most * self._images:
             raise BrokenDataError(
                 f"{len(known)} of {self._images} training images are broken, the last one {known[-1]}: "

@@ -132,9 +132,27 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
         _flush(path.parent)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         beside.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} cannot be written ({reason(_disk_error(error) or error)}): free some space or choose another place"
-        ) from None
+        raise _not_written(path, error) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file as `write_beside` does; into a device, a pipe, or what a link leads to, it is just written.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        try:
+            path.write_text(text)
+        except OSError as error:
+            raise _not_written(path, error) from None
+    else:
+        write_beside(path, lambda beside: beside.write_text(text))
+
+
+def _not_written(path: Path, error: Exception) -> UserError:
+    why = reason(_disk_error(error) or error)
+    return UserError(f"{path} cannot be written ({why}): free some space or choose another place")
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:

@@ -157,7 +157,8 @@ def run(main: Callable[[], None]) -> None:
         if "DataLoader worker" not in str(error):
             raise
         print(
-            f"error: {reason(error)}: where memory ran out, lower DATA.NUM_WORKERS; then start the same command again",
+            f"error: {reason(error)}: where memory ran out, use fewer loader processes (DATA.NUM_WORKERS, --workers); "
+            "then start the same command again",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -360,6 +360,20 @@ def check(config: CfgNode) -> None:
     Raises:
         UserError: Naming the key and what to do.
     """
+    check_to_score(config)
+    if mixes(config) and config.DATA.BATCH_SIZE % 2:
+        raise UserError(
+            f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} is odd, but mixup and cutmix pair the images: "
+            "use an even one, or set AUG.MIXUP and AUG.CUTMIX to 0"
+        )
+
+
+def check_to_score(config: CfgNode) -> None:
+    """As `check`, for a classifier that is scored and not trained: its batches need not be pairs.
+
+    Raises:
+        UserError: Naming the key and what to do.
+    """
     check_shared(config)
     _check_augmentation(config)
 
@@ -442,11 +456,6 @@ def _check_augmentation(config: CfgNode) -> None:
         )
     if minmax is not None and (len(minmax) != 2 or not 0 <= minmax[0] <= minmax[1] <= 1):
         raise UserError(f"AUG.CUTMIX_MINMAX is {minmax}: give a lower and an upper share from 0 to 1, or None")
-    if mixes(config) and config.DATA.BATCH_SIZE % 2:
-        raise UserError(
-            f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} is odd, but mixup and cutmix pair the images: "
-            "use an even one, or set AUG.MIXUP and AUG.CUTMIX to 0"
-        )
 
 
 def mixes(config: CfgNode) -> bool:

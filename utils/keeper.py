@@ -186,7 +186,7 @@ class Keeper(Watch):
         lines = [f"rank {rank}\t{name}\n" for rank, of_rank in enumerate(names) for name in of_rank]
         with together():
             if self._training.world.is_main:
-                checkpoint.write_beside(path, lambda beside: beside.write_text("".join(lines)))
+                checkpoint.write_text(path, "".join(lines))
         suspects = [rank for rank, loss in enumerate(error.losses) if not math.isfinite(loss)] or range(len(names))
         first = [name for rank in suspects for name in names[rank]]
         return f"its samples are listed in {path} (of rank {', '.join(map(str, suspects))}: {listing(first)})"

@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from utils.checkpoint import write_beside
+from utils.checkpoint import write_text
 from utils.errors import UserError
 from utils.tracking import Tracker
 
@@ -93,7 +93,7 @@ class MetricsLog:
             if not is_scored:
                 lines = [line for line in lines if line["update"] < update or "lr" in line]
             text = "".join(json.dumps(line) + "\n" for line in lines)
-            write_beside(self._path, lambda beside: beside.write_text(text))
+            write_text(self._path, text)
             with self._writing():
                 (folder / "runs").mkdir(exist_ok=True)
                 # Not through SummaryWriter, whose thread still holds what it was told when a run is killed.

@@ -14,6 +14,14 @@ from utils.metrics import Sums
 from utils.optim import Precision
 
 
+def _itself(_config: CfgNode, network: nn.Module) -> nn.Module:
+    return network
+
+
+def _no_mixup(_config: CfgNode, _network: nn.Module, _precision: Precision) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Task:
     """Builds what differs between tasks; the rest of a run is the same for all.
@@ -25,8 +33,9 @@ class Task:
         start_from_pretrained: (configuration, network): loads the weights that --pretrained names, if it does.
         build_loss: Configuration -> loss of what the network answers in training, and targets.
         build_finish: (configuration, device) -> what makes the network's input of training images.
-        build_mixup: (configuration, network, precision) -> what is done to images and targets of a batch, or None.
         build_sums: (validation data, device) -> what adds up the score.
+        build_mixup: (configuration, network, precision) -> what is done to images and targets of a batch, or None.
+        build_predictor: (configuration, network) -> what answers for the network in evaluation.
         compile: Has torch.compile take the network, in place; None where there is no TRAIN.COMPILE to ask for it.
     """
 
@@ -36,6 +45,7 @@ class Task:
     start_from_pretrained: Callable[[CfgNode, nn.Module], None]
     build_loss: Callable[[CfgNode], nn.Module]
     build_finish: Callable[[CfgNode, torch.device], Callable[[Any], Any]]
-    build_mixup: Callable[[CfgNode, nn.Module, Precision], Callable[[Any, Any], tuple[Any, Any]] | None]
     build_sums: Callable[[EvalData, torch.device], Sums]
-    compile: Callable[[nn.Module], None] | None
+    build_mixup: Callable[[CfgNode, nn.Module, Precision], Callable[[Any, Any], tuple[Any, Any]] | None] = _no_mixup
+    build_predictor: Callable[[CfgNode, nn.Module], nn.Module] = _itself
+    compile: Callable[[nn.Module], None] | None = None

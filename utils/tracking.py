@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from utils.checkpoint import write_beside
+from utils.checkpoint import write_text
 from utils.errors import UserError, reason
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Tracker:
     def __init__(self, folder: Path, config: CfgNode) -> None:
         path = folder / _ID
         if not path.is_file():
-            write_beside(path, lambda beside: beside.write_text(uuid.uuid4().hex[:8]))
+            write_text(path, uuid.uuid4().hex[:8])
         self._run = None
         try:
             # Not at the top: it is no requirement, and takes a second.

@@ -50,17 +50,15 @@ _log = logging.getLogger(__name__)
 
 def train(config: CfgNode, here: World, precision: Precision, task: Task) -> None:
     """Builds everything and runs the epochs."""
-    with together():
-        if here.is_main:
-            check_tracking(config.WANDB)
-        train_data, eval_data = task.open_data(config, here)
-        seed_everything(number_for(config.SEED, "weights"))
-        network = task.build_network(config, train_data)
-
     folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
     found = find_state(config, folder, here)
     with together():
+        if here.is_main:
+            check_tracking(config.WANDB)
         config = fit_to_ranks(config, found, here)
+        train_data, eval_data = task.open_data(config, here)
+        seed_everything(number_for(config.SEED, "weights"))
+        network = task.build_network(config, train_data)
         if not found:
             task.start_from_pretrained(config, network)
     steps_per_epoch = steps_of_epoch(config, found, train_data.steps_per_epoch)
@@ -171,7 +169,7 @@ def open_run(
     if is_main:
         at = training.progress
         checkpoint.remove_after(folder, at.epoch, at.place, keep=bool(config.MODEL.RESUME))
-        checkpoint.write_beside(folder / "config.yaml", lambda beside: beside.write_text(config.dump()))
+        checkpoint.write_text(folder / "config.yaml", config.dump())
     best = found.state["best"] if found and (folder / checkpoint.BEST).is_file() else None  # the best of this folder
     broken = BrokenImages(
         config.DATA.ON_ERROR == "skip", config.DATA.MAX_BROKEN, train_data.images, folder if is_main else None
@@ -196,7 +194,7 @@ def run_epochs(
             keeper.on_not_finite(error, names)
             continue
         try:
-            scores = evaluate_epoch(task, training, eval_data, keeper)
+            scores = evaluate_epoch(config, task, training, eval_data, keeper)
         except Stopped as stopped:
             keeper.stop(stopped.signal)
         keeper.on_epoch(scores)
@@ -206,7 +204,9 @@ def run_epochs(
     _log.info(f"done: {reached}; everything is in {keeper.folder}")
 
 
-def evaluate_epoch(task: Task, training: Training, data: EvalData, keeper: Keeper) -> dict[str, TaskScore]:
+def evaluate_epoch(
+    config: CfgNode, task: Task, training: Training, data: EvalData, keeper: Keeper
+) -> dict[str, TaskScore]:
     """Scores the 'model', and its moving average as 'ema' where there is one."""
     networks = {"model": training.network} | ({"ema": training.ema.module} if training.ema else {})
     scores = {}
@@ -214,7 +214,7 @@ def evaluate_epoch(task: Task, training: Training, data: EvalData, keeper: Keepe
         broadcast_buffers(network)
         with torch.compiler.set_stance("force_eager"):  # as test.py scores; compiling for it would not pay
             scores[name] = evaluate(
-                network,
+                task.build_predictor(config, network),
                 data.loader,
                 data.finish,
                 training.world,

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils.corruption_error import ALEXNET_ERRORS, SEVERITIES
+from tools.imagenet_sets.corruption_error import ALEXNET_ERRORS, SEVERITIES
 from utils.errors import UserError, listing
 
 # Images of the published sets; of ImageNet-C, of each severity of a corruption; of ReaL, those that have a label.

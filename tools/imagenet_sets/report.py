@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.corruption_error import ALEXNET_ERRORS, SEVERITIES, corruption_error, relative_corruption_error
+from tools.imagenet_sets.corruption_error import ALEXNET_ERRORS, SEVERITIES, corruption_error, relative_corruption_error
 from utils.metrics import Score
 
 

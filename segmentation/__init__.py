@@ -1,0 +1,1 @@
+"""Semantic segmentation on the same backbone: UperNet and Semantic FPN."""

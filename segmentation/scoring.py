@@ -1,0 +1,76 @@
+"""Scores the weights that a configuration names; shared by segmentation's test.py and `train.py --eval`."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from yacs.config import CfgNode
+
+from data.build import EvalData
+from models.build import load_weights
+from segmentation.data import build_eval_data
+from segmentation.inference import build_predictor
+from segmentation.metrics import SegmentationScore
+from segmentation.model import build_segmenter
+from segmentation.task import build_sums
+from utils import checkpoint
+from utils.dist import World, together
+from utils.engine import evaluate
+from utils.errors import UserError, listing
+from utils.metrics import Sums
+from utils.optim import Precision, memory_format
+from utils.scoring import choose_weights, weights_file
+
+
+def score_weights(
+    config: CfgNode,
+    world: World,
+    precision: Precision,
+    use_ema: bool = False,
+    random_weights: bool = False,
+    watch: Callable[[Sums, EvalData], Sums] = lambda sums, _data: sums,
+) -> tuple[SegmentationScore, list[str], float]:
+    """Scores weights on the validation data, every image once and at its own size.
+
+    Args:
+        config: The configuration.
+        world: This process among all.
+        precision: How to compute.
+        use_ema: Whether to take the moving average out of the checkpoint.
+        random_weights: Whether to score fresh weights instead of a checkpoint's.
+        watch: Puts something that sees all answers in the place of what adds up the score, which it must pass them to.
+
+    Returns:
+        The score, the classes' names, and images per second including loading.
+
+    Raises:
+        UserError: If weights, data and configuration do not fit together.
+    """
+    with together():
+        source = None if random_weights else weights_file(config)
+        state: dict[str, Any] = checkpoint.load(source) if source else {}
+        data = build_eval_data(config, world)
+        classes = data.classes or []
+        _check_classes(state.get("classes"), classes)
+        network = build_segmenter(config, len(classes))
+        if source:
+            load_weights(network, choose_weights(state, use_ema, source), source)
+        sums = watch(build_sums(data, world.device), data)
+    predictor = build_predictor(config, network.to(world.device, memory_format=memory_format(config)))
+    start = time.perf_counter()
+    score = evaluate(predictor, data.loader, data.finish, world, precision, data.images, data.rounds, sums=sums)
+    return score, classes, score.images / (time.perf_counter() - start)
+
+
+def _check_classes(known: list[str] | None, classes: list[str]) -> None:
+    """Refuses data of other classes than a checkpoint's.
+
+    Raises:
+        UserError: If they differ in number or in a name.
+    """
+    if known is None or known == classes:
+        return
+    if len(known) != len(classes):
+        raise UserError(f"the checkpoint has {len(known)} classes, the data {len(classes)}: score it on its own data")
+    other = [f"{mine} and {theirs}" for mine, theirs in zip(known, classes, strict=True) if mine != theirs]
+    raise UserError(f"classes of the checkpoint and of the data differ ({listing(other)}): use the same classes.txt")

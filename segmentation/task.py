@@ -1,0 +1,58 @@
+"""The task of segmenting images."""
+
+import logging
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from data.build import EvalData, TrainData
+from data.finish import Normalize
+from segmentation.data import build_eval_data, build_train_data
+from segmentation.inference import build_predictor
+from segmentation.loss import SegmentationLoss
+from segmentation.metrics import SegmentationScore, SegmentationSums
+from segmentation.model import Segmenter, build_segmenter, compile_segmenter, load_to_start
+from utils import checkpoint
+from utils.dist import World
+from utils.task import Task
+
+_log = logging.getLogger(__name__)
+
+
+def segmentation() -> Task:
+    """To segment images."""
+    return Task(
+        measures=SegmentationScore.measures,
+        open_data=_open_data,
+        build_network=_build_network,
+        start_from_pretrained=_start_from_pretrained,
+        build_loss=_build_loss,
+        build_finish=Normalize,
+        build_predictor=build_predictor,
+        build_sums=build_sums,
+        compile=compile_segmenter,
+    )
+
+
+def _open_data(config: CfgNode, here: World) -> tuple[TrainData, EvalData]:
+    return build_train_data(config, here), build_eval_data(config, here)
+
+
+def _build_network(config: CfgNode, data: TrainData) -> Segmenter:
+    return build_segmenter(config, len(data.classes or []))
+
+
+def _start_from_pretrained(config: CfgNode, network: Segmenter) -> None:
+    if path := config.MODEL.PRETRAINED:
+        for sentence in load_to_start(network, checkpoint.load(path)["model"], path):
+            _log.warning(sentence)
+
+
+def _build_loss(config: CfgNode) -> nn.Module:
+    return SegmentationLoss(config.MODEL.DECODER.AUX_WEIGHT)
+
+
+def build_sums(data: EvalData, device: torch.device) -> SegmentationSums:
+    """What adds up the score of a data set."""
+    return SegmentationSums(len(data.classes or []), device)

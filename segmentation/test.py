@@ -1,0 +1,108 @@
+"""Score a segmenter's checkpoint on the validation images, at their own sizes.
+
+Usage:
+    python segmentation/test.py --cfg configs/segmentation/upernet_small.yaml --data-path D --resume best.pth
+    torchrun --nproc_per_node 8 segmentation/test.py --cfg configs/segmentation/upernet_base.yaml --data-path D \\
+      --resume best.pth --multi-scale --save-pictures pictures --json score.json
+
+D holds images/validation and annotations/validation.
+"""
+
+import argparse
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from yacs.config import CfgNode  # noqa: E402
+
+from segmentation.config import check, default_config  # noqa: E402
+from utils.cli import check_report, config_from, make_parser, run  # noqa: E402
+from utils.errors import UserError  # noqa: E402
+
+_log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Parses, then scores."""
+    parser = make_parser(__doc__, data="folder that holds images/ and annotations/")
+    parser.add_argument("--multi-scale", action="store_true", help="look at several sizes, and mirrored (TEST.SCALES)")
+    parser.add_argument(
+        "--sliding-window", action="store_true", help="look through a window (TEST.WINDOW, TEST.STRIDE)"
+    )
+    parser.add_argument("--save-pictures", type=Path, metavar="DIR", help="write label maps and comparisons there")
+    parser.add_argument("--ema", action="store_true", help="score the checkpoint's moving average")
+    parser.add_argument("--random-weights", action="store_true", help="score a network that knows nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the score there too")
+    arguments = parser.parse_args()
+    for flag, key in (("multi_scale", "TEST.MULTI_SCALE"), ("sliding_window", "TEST.SLIDING_WINDOW")):
+        if getattr(arguments, flag):
+            arguments.opts = [*(arguments.opts or []), key, "True"]
+    config = config_from(arguments, default_config, check)
+    check_report(arguments.json)
+    if arguments.save_pictures and arguments.save_pictures.exists() and not arguments.save_pictures.is_dir():
+        raise UserError(f"--save-pictures {arguments.save_pictures} is a file: name a folder")
+    score(arguments, config)
+
+
+def score(arguments: argparse.Namespace, config: CfgNode) -> None:
+    """Scores, and prints and writes the result on rank 0."""
+    # Torch and timm take seconds to import: a wrong key or flag is told of before.
+    from data.build import EvalData
+    from segmentation.pictures import PictureSums
+    from segmentation.scoring import score_weights
+    from utils.dist import world
+    from utils.logger import setup_logging
+    from utils.metrics import Sums, describe
+    from utils.optim import choose_scoring_precision
+
+    def with_pictures(sums: Sums, data: EvalData) -> Sums:
+        if arguments.save_pictures is None:
+            return sums
+        source, order = data.loader.dataset.source, iter(data.loader.sampler)
+        reduce = config.DATA.REDUCE_ZERO_LABEL
+        return PictureSums(sums, source, order, arguments.save_pictures, data.classes or [], reduce)
+
+    with world(config.DEVICE, config.RANK_TIMEOUT) as here:
+        setup_logging(here.is_main)
+        precision = choose_scoring_precision(config, here.device, _log.info)
+        result, classes, images_per_s = score_weights(
+            config, here, precision, arguments.ema, arguments.random_weights, with_pictures
+        )
+        if not here.is_main:
+            return
+        by_class = list(zip(classes, result.iou_of_classes, result.acc_of_classes, strict=True))
+        for name, iou, acc in by_class:
+            print(f"{name:24} IoU {iou:7.3f} Acc {acc:7.3f}")
+        print(f" * {describe(result)}")
+        _log.info(
+            "%d images, loss %.4f, %.1f images/s, %s on %d x %s",
+            result.images, result.loss, images_per_s, precision.name, here.size, here.device.type,
+        )  # fmt: skip
+        if arguments.json:
+            values: dict[str, Any] = {name: getattr(result, name) for name in (*result.measures, "loss", "images")}
+            values |= {
+                "classes": {name: {"iou": _number(iou), "acc": _number(acc)} for name, iou, acc in by_class},
+                "images_per_s": images_per_s,
+                "ranks": here.size,
+                "precision": precision.name,
+                "weights": config.MODEL.RESUME or config.MODEL.PRETRAINED or "random",
+                "ema": arguments.ema,
+                "multi_scale": config.TEST.MULTI_SCALE,
+                "sliding_window": config.TEST.SLIDING_WINDOW,
+            }
+            arguments.json.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _number(value: float) -> float | None:
+    """JSON's form of a percentage, which is none of a class that does not occur."""
+    return None if math.isnan(value) else value
+
+
+if __name__ == "__main__":
+    run(main)

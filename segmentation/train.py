@@ -1,0 +1,57 @@
+"""Train a network to segment images, or fine-tune it.
+
+Usage:
+    python segmentation/train.py --cfg configs/segmentation/upernet_small.yaml --data-path D --output O --tag T \\
+      --pretrained groupmixformer_small.pth
+    torchrun --nproc_per_node 8 segmentation/train.py --cfg configs/segmentation/upernet_base.yaml --data-path D \\
+      --output O --pretrained groupmixformer_base.pth
+
+D holds images/{training,validation} and annotations/{training,validation}. --pretrained is a classifier's weights, for
+the backbone, or a segmenter's, for all of it. What a run starts from, and how it is gone on with, are as for train.py.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from segmentation.config import check, default_config  # noqa: E402
+from utils.cli import config_from, make_parser, run  # noqa: E402
+
+_log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Parses, then trains, scores or measures."""
+    parser = make_parser(__doc__, data="folder that holds images/ and annotations/")
+    config = config_from(parser.parse_args(), default_config, check)
+
+    # Torch and timm take seconds to import: a wrong key or flag is told of before.
+    from segmentation.model import build_segmenter
+    from segmentation.scoring import score_weights
+    from segmentation.task import segmentation
+    from utils.dist import world
+    from utils.logger import setup_logging
+    from utils.metrics import describe
+    from utils.optim import choose_precision, choose_scoring_precision
+    from utils.throughput import throughput_line
+    from utils.trainer import train
+
+    with world(config.DEVICE, config.RANK_TIMEOUT) as here:
+        setup_logging(here.is_main)
+        if config.EVAL_MODE:
+            score, *_ = score_weights(config, here, choose_scoring_precision(config, here.device, _log.info))
+            _log.info(f" * {describe(score)}")
+            return
+        precision = choose_precision(config, here.device, _log.info)
+        if config.THROUGHPUT_MODE:
+            network = build_segmenter(config, config.MODEL.GMA.NUM_CLASSES or 1)
+            _log.info(throughput_line(network, config, here.device, precision))
+        else:
+            train(config, here, precision, segmentation())
+
+
+if __name__ == "__main__":
+    run(main)
