@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.build import EvalData, TrainData
@@ -30,7 +30,7 @@ class Task:
         measures: As in `utils.metrics.TaskScore`.
         open_data: (configuration, this process) -> data to train and to validate on, which fit each other.
         build_network: (configuration, training data) -> network with fresh weights and an attribute `num_classes`.
-        start_from_pretrained: (configuration, network): loads the weights that --pretrained names, if it does.
+        load_to_start: (network, weights, their source): loads weights to start from -> what of them does not fit.
         build_loss: Configuration -> loss of what the network answers in training, and targets.
         build_finish: (configuration, device) -> what makes the network's input of training images.
         build_sums: (validation data, device) -> what adds up the score.
@@ -43,7 +43,7 @@ class Task:
     measures: Mapping[str, str]
     open_data: Callable[[CfgNode, World], tuple[TrainData, EvalData]]
     build_network: Callable[[CfgNode, TrainData], nn.Module]
-    start_from_pretrained: Callable[[CfgNode, nn.Module], None]
+    load_to_start: Callable[[nn.Module, Mapping[str, Tensor], str], list[str]]
     build_loss: Callable[[CfgNode], nn.Module]
     build_finish: Callable[[CfgNode, torch.device], Callable[[Any], Any]]
     build_sums: Callable[[EvalData, torch.device], Sums]
