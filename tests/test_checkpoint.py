@@ -275,6 +275,16 @@ def test_any_file_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     assert path.read_text() == "text"
 
 
+def test_nothing_is_left_of_a_file_whose_writing_was_interrupted(tmp_path):
+    def write(beside):
+        beside.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_beside(tmp_path / "file", write)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_text_goes_through_a_link_and_leaves_it(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
     checkpoint.write_text(tmp_path / "link", "text")
