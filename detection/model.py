@@ -182,17 +182,15 @@ def _build_rcnn(
 ) -> FasterRCNN | MaskRCNN:
     channels, width, outputs = settings.FPN_CHANNELS, settings.HEAD_WIDTH, num_classes + 1
     names = [str(level) for level in range(len(pyramid.stages))]
-    kind, masks = FasterRCNN, {}
+    kind: type[FasterRCNN] = FasterRCNN
+    masks: dict[str, nn.Module] = {}
     if settings.NAME == "mask_rcnn":
-        kind, masks = (
-            MaskRCNN,
-            {
-                "mask_roi_pool": MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2),
-                "mask_head": MaskRCNNHeads(channels, (channels,) * 4, dilation=1),
-                "mask_predictor": MaskRCNNPredictor(channels, channels, outputs),
-            },
-        )
-    pool = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)
+        kind = MaskRCNN
+        masks = {
+            "mask_roi_pool": MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2),
+            "mask_head": MaskRCNNHeads(channels, (channels,) * 4, dilation=1),
+            "mask_predictor": MaskRCNNPredictor(channels, channels, outputs),
+        }
     return kind(
         pyramid,
         rpn_anchor_generator=anchors,
@@ -201,7 +199,7 @@ def _build_rcnn(
         rpn_post_nms_top_n_train=settings.PROPOSALS,
         rpn_pre_nms_top_n_test=settings.PROPOSALS,
         rpn_post_nms_top_n_test=settings.PROPOSALS,
-        box_roi_pool=pool,
+        box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
         box_head=TwoMLPHead(channels * 7 * 7, width),
         box_predictor=FastRCNNPredictor(width, outputs),
         box_batch_size_per_image=settings.BOX_SAMPLES,

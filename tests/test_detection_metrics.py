@@ -76,6 +76,19 @@ def test_an_object_found_twice_is_right_once():
     assert ap(coco, found(*rows)) == pytest.approx(100 * (51 + 50 * 2 / 3) / 101)
 
 
+def test_a_masks_size_is_its_own_and_not_its_boxs():
+    square, frame = np.zeros((100, 100), np.uint8), np.zeros((100, 100), np.uint8)
+    square[10:20, 10:20] = 1
+    frame[30:90, 30:90] = 1
+    frame[31:89, 31:89] = 0  # 236 pixels in a box of 60 x 60
+    coco = truth([10, 10, 10, 10])
+    coco.dataset["annotations"][0]["segmentation"] = encode_mask(square)
+    wrong, right = found((0.9, [30, 30, 60, 60]), (0.8, [10, 10, 10, 10]))
+    results = [{**wrong, "segmentation": encode_mask(frame)}, {**right, "segmentation": encode_mask(square)}]
+    reached = score(coco, results, 1, with_masks=True)
+    assert reached.mask_ap_small == pytest.approx(50) and reached.box_ap_small == pytest.approx(100)
+
+
 def test_nothing_found_scores_0_and_a_class_with_nothing_to_find_no_number():
     reached = score(truth([10, 10, 20, 20]), [], 1, with_masks=False)
     assert reached.box_ap == 0

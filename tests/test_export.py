@@ -57,6 +57,9 @@ def trained_file(tmp_path_factory) -> Path:
         MODEL__GMA__SERIAL_DEPTHS=DIMS["depths"],
         MODEL__GMA__MLP_RATIOS=DIMS["mlp_ratios"],
         TRAIN__EMA_DECAY=0.9,
+        TRAIN__LR_BATCH=48,
+        TRAIN__WARMUP_UPDATES=8,
+        DISTILL__TEACHER="someones/large.pth",
     )
     state = {
         "model": GroupMixFormer(num_classes=6, **DIMS).state_dict(),
@@ -265,6 +268,8 @@ def test_a_model_card_says_what_the_checkpoint_tells(export, tmp_path):
         "Kind: moving average",
         "87.500 % top-1 on the split `val`",
         "4 epochs, 32 updates",
+        "Learning rate: 0.0005 for 48 images an update, cosine, 8 updates of warm-up",
+        "Teacher: large.pth",
         "6 on 1 process(es)",
         "Data: `gratings`, split `train`",
         "decay 0.9",

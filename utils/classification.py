@@ -26,7 +26,7 @@ def classification() -> Task:
         start_from_pretrained=start_from_pretrained,
         build_loss=_build_loss,
         build_finish=_build_finish,
-        build_mixup=_build_mixup,
+        build_batch_transform=_build_batch_transform,
         build_sums=_build_sums,
         compile=compile_blocks,
     )
@@ -57,7 +57,7 @@ def _build_finish(config: CfgNode, device: torch.device) -> Finish:
     return Finish(config, device, is_training=True)
 
 
-def _build_mixup(config: CfgNode, network: GroupMixFormer, precision: Precision) -> Mix | None:
+def _build_batch_transform(config: CfgNode, network: GroupMixFormer, precision: Precision) -> Mix | None:
     mixup = build_mixup(config, network.num_classes)
     if not config.DISTILL.TEACHER:
         return mixup

@@ -114,7 +114,7 @@ def build_training(
         scaler=precision.grad_scaler(),
         ema=ema,
         finish=task.build_finish(config, here.device),
-        mixup=task.build_mixup(config, network, precision),
+        batch_transform=task.build_batch_transform(config, network, precision),
         precision=precision,
         world=here,
         steps=steps,

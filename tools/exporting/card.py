@@ -106,6 +106,7 @@ def _recipe(trained: Trained) -> dict[str, Any]:
     config, progress = trained.config, trained.state["progress"]
     data, train, aug = config.DATA, config.TRAIN, config.AUG
     clipping = f", gradients clipped at a norm of {train.CLIP_GRAD}" if train.CLIP_GRAD else ""
+    warmup = f"{train.WARMUP_UPDATES} updates" if train.WARMUP_UPDATES else f"{train.WARMUP_EPOCHS} epochs"
     versions = trained.state.get("versions") or {}
     on = {
         "automatic augmentation": aug.AUTO_AUGMENT if aug.AUTO_AUGMENT != "none" else "",
@@ -121,8 +122,9 @@ def _recipe(trained: Trained) -> dict[str, Any]:
         "Data": f"`{Path(data.DATA_PATH).name}`, split `{data.TRAIN_SPLIT}`",
         "Started from": Path(config.MODEL.PRETRAINED).name,
         "Optimizer": f"{train.OPTIMIZER.NAME}, weight decay {train.WEIGHT_DECAY}{clipping}",
-        "Learning rate": f"{train.BASE_LR} for 512 images an update, {train.LR_SCHEDULER.NAME}, "
-        f"{train.WARMUP_EPOCHS} epochs of warm-up, over {train.EPOCHS} epochs",
+        "Learning rate": f"{train.BASE_LR} for {train.LR_BATCH} images an update, {train.LR_SCHEDULER.NAME}, "
+        f"{warmup} of warm-up, over {train.EPOCHS} epochs",
+        "Teacher": Path(config.DISTILL.TEACHER).name,
         "Images of an update": f"{progress['images_per_update']} on {progress['ranks']} process(es)",
         "Moving average": f"decay {train.EMA_DECAY}" if train.EMA_DECAY else "",
         "Augmentation and regularisation": ", ".join(f"{name} {value}" for name, value in on.items() if value),
