@@ -455,6 +455,12 @@ def test_a_checkpoint_that_was_cut_short_is_refused(kind, share):
     refused_or(content, suffix, wanted)
 
 
+def test_a_bare_key_is_told_as_what_it_is(tmp_path):
+    (tmp_path / "x.pth").write_text("hi\n")
+    with pytest.raises(UserError, match=r"x\.pth is no checkpoint \(KeyError 105\): name another file"):
+        checkpoint.load(tmp_path / "x.pth")
+
+
 def test_an_empty_file_in_a_checkpoints_place_is_refused(tmp_path):
     (tmp_path / "x.pth").touch()
     with pytest.raises(UserError, match=r"x\.pth is no checkpoint"):
