@@ -4,10 +4,11 @@ BIN := .venv/bin
 DIGITS := data-digits
 SCENES := data-scenes
 RUN := output/digits/seed$(SEED)
+SEGMENTATION := output/scenes_segmentation/seed$(SEED)
 DETECTION := output/scenes_detection/seed$(SEED)
 TRAIN = --cfg configs/digits.yaml --data-path $(DIGITS) --output output --tag seed$(SEED)
 
-.PHONY: demo demo-detection test test-fast test-gpu lint clean
+.PHONY: demo demo-segmentation demo-detection test test-fast test-gpu lint clean
 
 # Train on scikit-learn's handwritten digits and score what was trained. SEED=1 chooses another seed.
 demo: .venv/.installed
@@ -21,6 +22,18 @@ demo: .venv/.installed
 	@echo
 	@echo "Next, ImageNet (D holds train/ and val/, one folder a class):"
 	@echo "  $(BIN)/torchrun --nproc_per_node 8 train.py --cfg configs/groupmixformer_small.yaml --data-path D --output output"
+
+# Tell digits from the ground, pixel by pixel, in scenes that are composed of them, and draw what was told.
+demo-segmentation: .venv/.installed
+	$(BIN)/python tools/prepare_digits.py $(SCENES) --scenes
+	$(BIN)/python segmentation/train.py --cfg configs/segmentation/scenes.yaml --data-path $(SCENES)/ade \
+	  --output output --tag seed$(SEED) --seed $(SEED)
+	$(BIN)/python segmentation/test.py --cfg configs/segmentation/scenes.yaml --data-path $(SCENES)/ade \
+	  --resume $(SEGMENTATION)/best.pth --save-pictures $(SEGMENTATION)/pictures
+	@echo
+	@echo "pictures    $(SEGMENTATION)/pictures/overview.png, and one of each scene beside it"
+	@echo "curves      $(SEGMENTATION)/curves.png"
+	@echo "checkpoint  $(SEGMENTATION)/best.pth"
 
 # Find digits in scenes that are composed of them, with Mask R-CNN, and draw what was found.
 demo-detection: .venv/.installed

@@ -84,16 +84,16 @@ def train_settings(config: CfgNode) -> dict[str, Any]:
 
 def eval_transform(config: CfgNode) -> Transform:
     """Resize and centre crop, or without TEST.CROP the whole image squashed into the square."""
-    crop = (
-        {"crop_pct": _EVAL_CROP, "crop_mode": "center"}
-        if config.TEST.CROP
-        else {"crop_pct": 1.0, "crop_mode": "squash"}
-    )
-    transform = create_transform(
-        config.DATA.IMG_SIZE,
-        is_training=False,
-        interpolation=config.DATA.INTERPOLATION,
-        normalize=False,
-        **crop,
-    )
+    transform = create_transform(**eval_settings(config), normalize=False)
     return Transform(partial(as_mode, mode=image_mode(config)), transform)
+
+
+def eval_settings(config: CfgNode) -> dict[str, Any]:
+    """The configured resizing and cropping of evaluation, as timm's `create_transform` takes them."""
+    return {
+        "input_size": config.DATA.IMG_SIZE,
+        "is_training": False,
+        "interpolation": config.DATA.INTERPOLATION,
+        "crop_pct": _EVAL_CROP if config.TEST.CROP else 1.0,
+        "crop_mode": "center" if config.TEST.CROP else "squash",
+    }

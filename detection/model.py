@@ -220,7 +220,7 @@ class SumOfLosses(nn.Module):
         return torch.stack(list(losses.values())).sum()
 
 
-def load_start(network: Detector, state_dict: Mapping[str, Tensor], source: str) -> list[str]:
+def load_to_start(network: Detector, state_dict: Mapping[str, Tensor], source: str) -> list[str]:
     """Loads weights to start from: a classifier's into the backbone, or those of a detector of perhaps other classes.
 
     Args:

@@ -1,6 +1,5 @@
 """The task of detecting objects."""
 
-import logging
 from collections.abc import Callable
 
 import torch
@@ -11,12 +10,9 @@ from data.datasets import check_same_classes
 from detection.batch import Batch, finish
 from detection.data import CocoEvalData, build_eval_data, build_train_data, has_masks
 from detection.metrics import BoxScore, DetectionSums, MaskScore
-from detection.model import Detector, SumOfLosses, build_detector, load_start
-from utils import checkpoint
+from detection.model import Detector, SumOfLosses, build_detector, load_to_start
 from utils.dist import World
 from utils.task import Task
-
-_log = logging.getLogger(__name__)
 
 
 def detection(config: CfgNode) -> Task:
@@ -25,7 +21,7 @@ def detection(config: CfgNode) -> Task:
         measures=(MaskScore if has_masks(config) else BoxScore).measures,
         open_data=_open_data,
         build_network=_build_network,
-        start_from_pretrained=_start_from_pretrained,
+        load_to_start=load_to_start,
         build_loss=_build_loss,
         build_finish=_build_finish,
         build_sums=_build_sums,
@@ -40,12 +36,6 @@ def _open_data(config: CfgNode, here: World) -> tuple[TrainData, CocoEvalData]:
 
 def _build_network(config: CfgNode, data: TrainData) -> Detector:
     return build_detector(config, len(data.classes or []))
-
-
-def _start_from_pretrained(config: CfgNode, network: Detector) -> None:
-    if path := config.MODEL.PRETRAINED:
-        for sentence in load_start(network, checkpoint.load(path)["model"], path):
-            _log.warning(sentence)
 
 
 def _build_loss(_config: CfgNode) -> SumOfLosses:

@@ -437,7 +437,8 @@ class GroupMixFormer(nn.Module):
 
         Args:
             enable: Whether to.
-            recompute: 'all' for whole blocks, 'cheap' for all but matrix products and convolutions, which are kept.
+            recompute: 'all' for whole blocks, 'cheap' for all but matrix products and convolutions, which are kept
+                for one backward pass of each forward pass: torch lets there be no second.
 
         Raises:
             ValueError: If `recompute` is another.

@@ -24,6 +24,7 @@ _SATURATIONS, _VALUES = (0.85, 0.55, 1.0), (0.95, 0.7)  # in turn
 _MOST_NAMES = 24  # in a legend, those of the largest classes
 _LONGEST_NAME = 24  # letters in a legend
 _SIDE, _LEAST_WIDTH = 2.6, 1.3  # inches of a panel's longer side, and of its width
+_ROWS, _COLOURS = 5, 128  # of the overview, whose file stays small so
 _DIM = 0.35  # brightness of the image below its errors
 _RED = (230, 40, 40)
 
@@ -129,6 +130,26 @@ class PictureSums:
     def total(self) -> SegmentationScore:
         """The score over all ranks; every rank must ask."""
         return self._sums.total()
+
+
+def draw_overview(folder: Path, source: PairSource) -> None:
+    """Puts the comparisons of the first few images below one another, as overview.png beside them.
+
+    Args:
+        folder: Where `PictureSums` wrote its pictures.
+        source: What was scored.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    names = [source.stem(index).with_suffix(".png") for index in range(min(len(source), _ROWS))]
+    rows = [Image.open(folder / "comparisons" / name).convert("RGB") for name in names]
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, ((sheet.width - row.width) // 2, top))
+        top += row.height
+    _write(folder / "overview.png", sheet.quantize(_COLOURS).save)
 
 
 def _write(path: Path, save: Any) -> None:

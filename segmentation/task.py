@@ -1,7 +1,5 @@
 """The task of segmenting images."""
 
-import logging
-
 import torch
 from torch import nn
 from yacs.config import CfgNode
@@ -13,11 +11,8 @@ from segmentation.inference import build_predictor
 from segmentation.loss import SegmentationLoss
 from segmentation.metrics import SegmentationScore, SegmentationSums
 from segmentation.model import Segmenter, build_segmenter, compile_segmenter, load_to_start
-from utils import checkpoint
 from utils.dist import World
 from utils.task import Task
-
-_log = logging.getLogger(__name__)
 
 
 def segmentation() -> Task:
@@ -26,7 +21,7 @@ def segmentation() -> Task:
         measures=SegmentationScore.measures,
         open_data=_open_data,
         build_network=_build_network,
-        start_from_pretrained=_start_from_pretrained,
+        load_to_start=load_to_start,
         build_loss=_build_loss,
         build_finish=Normalize,
         build_predictor=build_predictor,
@@ -41,12 +36,6 @@ def _open_data(config: CfgNode, here: World) -> tuple[TrainData, EvalData]:
 
 def _build_network(config: CfgNode, data: TrainData) -> Segmenter:
     return build_segmenter(config, len(data.classes or []))
-
-
-def _start_from_pretrained(config: CfgNode, network: Segmenter) -> None:
-    if path := config.MODEL.PRETRAINED:
-        for sentence in load_to_start(network, checkpoint.load(path)["model"], path):
-            _log.warning(sentence)
 
 
 def _build_loss(config: CfgNode) -> nn.Module:

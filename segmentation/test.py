@@ -54,7 +54,8 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     """Scores, and prints and writes the result on rank 0."""
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from data.build import EvalData
-    from segmentation.pictures import PictureSums
+    from segmentation.data import PairSource
+    from segmentation.pictures import PictureSums, draw_overview
     from segmentation.scoring import score_weights
     from utils.dist import world
     from utils.logger import setup_logging
@@ -76,6 +77,8 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
         )
         if not here.is_main:
             return
+        if arguments.save_pictures:
+            draw_overview(arguments.save_pictures, PairSource(Path(config.DATA.DATA_PATH), config.DATA.VAL_SPLIT))
         by_class = list(zip(classes, result.iou_of_classes, result.acc_of_classes, strict=True))
         for name, iou, acc in by_class:
             print(f"{name:24} IoU {iou:7.3f} Acc {acc:7.3f}")

@@ -178,7 +178,7 @@ def training_of(network: nn.Module, steps_per_epoch: int, config: CfgNode | None
         "scaler": precision.grad_scaler(),
         "ema": build_ema(config, network),
         "finish": untouched,
-        "mixup": None,
+        "batch_transform": None,
         "precision": precision,
         "world": ALONE,
         "steps": steps,

@@ -656,6 +656,12 @@ BAD_VALUES = [
     ("TRAIN.EPOCHS", 0),
     ("TRAIN.WARMUP_EPOCHS", -1),
     ("TRAIN.WARMUP_EPOCHS", 301),
+    ("TRAIN.WARMUP_UPDATES", -1),
+    ("TRAIN.LR_BATCH", 0),
+    ("TRAIN.LR_SCHEDULER.NAME", "multistep"),
+    ("TRAIN.LR_SCHEDULER.MILESTONES", [0, 5]),
+    ("TRAIN.LR_SCHEDULER.MILESTONES", [8, 5]),
+    ("TRAIN.LR_SCHEDULER.MILESTONES", [5, 5]),
     ("TRAIN.WEIGHT_DECAY", -0.05),
     ("TRAIN.BASE_LR", -1e-3),
     ("TRAIN.BASE_LR", math.nan),
@@ -683,6 +689,10 @@ BAD_VALUES = [
     ("AUG.CUTMIX_MINMAX", [0.8, 0.2]),
     ("AUG.MIXUP_PROB", 1.1),
     ("AUG.MIXUP_SWITCH_PROB", -0.1),
+    ("DISTILL.KIND", "firm"),
+    ("DISTILL.ALPHA", -0.1),
+    ("DISTILL.ALPHA", 1.1),
+    ("DISTILL.TEMPERATURE", 0.0),
     ("SAVE_FREQ", 0),
     ("KEEP", 0),
     ("PRINT_FREQ", 0),
@@ -741,6 +751,16 @@ def test_fast_loading_is_refused_where_torch_has_no_such_filter(interpolation):
     check(configured(DATA__INTERPOLATION=interpolation))
     with pytest.raises(UserError, match=rf"DATA\.LOADING fast .* DATA\.INTERPOLATION {interpolation}"):
         check(configured(DATA__INTERPOLATION=interpolation, DATA__LOADING="fast"))
+
+
+@pytest.mark.parametrize("table", ["_CHOICES", "_RANGES", "_FIXED", "_KINDS", "_OPTIONAL"])
+def test_what_is_checked_are_keys(table):
+    """A task may lack some, so a name that no key has would never be found out by checking."""
+    assert getattr(config_module, table).keys() <= dict(flatten(default_config())).keys()
+
+
+def test_a_warm_up_in_updates_takes_the_place_of_one_in_epochs():
+    check(configured(TRAIN__EPOCHS=10, TRAIN__WARMUP_EPOCHS=20, TRAIN__WARMUP_UPDATES=500))
 
 
 def test_apexs_name_and_ours_for_the_precision_exclude_each_other():

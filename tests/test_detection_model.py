@@ -11,7 +11,7 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet, maskrc
 
 from detection.batch import Batch, finish
 from detection.config import check, default_config
-from detection.model import Detector, SumOfLosses, build_detector, load_start
+from detection.model import Detector, SumOfLosses, build_detector, load_to_start
 from models import GroupMixFormer
 from models.published import to_published
 from utils.config import load_config
@@ -233,7 +233,7 @@ def classifier():
 @pytest.mark.parametrize("naming", [dict, to_published], ids=["ours", "published"])
 def test_a_classifiers_weights_start_the_backbone_without_its_norm_and_head(classifier, naming):
     network = build()
-    (sentence,) = load_start(network, naming(classifier.state_dict()), "w.pth")
+    (sentence,) = load_to_start(network, naming(classifier.state_dict()), "w.pth")
     wanted = {name: value for name, value in classifier.state_dict().items() if not name.startswith(("norm.", "head."))}
     assert equal(dict(network.body.state_dict()), wanted)
     assert sentence == ("the backbone starts from w.pth; its head, norm is left out; pyramid and heads start afresh")
@@ -243,9 +243,9 @@ def test_a_classifier_that_does_not_fit_is_refused_by_the_names_of_its_tensors(c
     state = classifier.state_dict()
     del state["stem.norm2.bias"]
     with pytest.raises(UserError, match=r"w\.pth does not fit the network: it lacks stem\.norm2\.bias"):
-        load_start(build(), state, "w.pth")
+        load_to_start(build(), state, "w.pth")
     with pytest.raises(UserError, match="which the network has not"):
-        load_start(build(), classifier.state_dict() | {"stem.extra": torch.zeros(1)}, "w.pth")
+        load_to_start(build(), classifier.state_dict() | {"stem.extra": torch.zeros(1)}, "w.pth")
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -253,17 +253,17 @@ def test_a_detectors_weights_start_another_whole_but_for_what_depends_on_the_cla
     options = ("MODEL.DETECTOR.NAME", name)
     other, network = build(*options, classes=5), build(*options, seed=1)
     fresh = copy.deepcopy(network.state_dict())
-    (sentence,) = load_start(network, other.state_dict(), "d.pth")
+    (sentence,) = load_to_start(network, other.state_dict(), "d.pth")
     loaded, given = network.state_dict(), other.state_dict()
     afresh = {key for key in loaded if loaded[key].shape != given[key].shape}
     assert all(torch.equal(value, fresh[key] if key in afresh else given[key]) for key, value in loaded.items())
     assert 2 <= len(afresh) <= 6 and all(key in sentence for key in afresh)
-    assert load_start(network, build(*options, seed=2).state_dict(), "d.pth") == []
+    assert load_to_start(network, build(*options, seed=2).state_dict(), "d.pth") == []
 
 
 def test_a_detector_of_another_kind_is_refused():
     with pytest.raises(UserError, match="does not fit the network"):
-        load_start(build(), build(*RETINANET).state_dict(), "d.pth")
+        load_to_start(build(), build(*RETINANET).state_dict(), "d.pth")
 
 
 def test_a_number_of_anchor_sizes_that_does_not_fit_is_refused():

@@ -6,16 +6,17 @@ import re
 import pytest
 import timm
 import torch
-from helpers_unit import CPU, configured, examples
+from helpers_unit import ALONE, CPU, configured, examples, write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from models.build import build_model
 from utils import checkpoint
+from utils.classification import classification
 from utils.distillation import DistillationLoss, Teacher, build_teacher, check_teacher
 from utils.errors import UserError
-from utils.optim import Precision
+from utils.optim import Precision, build_loss
 
 FP32 = Precision("fp32", "cpu")
 TINY = {
@@ -79,6 +80,16 @@ def test_the_hard_loss_takes_the_teachers_first_class_for_the_label():
     assert loss.item() == pytest.approx(-(shares[0] + shares[1]).item() / 2)
 
 
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_a_run_learns_by_the_configured_loss(kind):
+    config = teacher_config("teacher.pth", DISTILL__KIND=kind, DISTILL__ALPHA=0.3, DISTILL__TEMPERATURE=2.0)
+    logits, labels, taught = torch.randn(2, 3), torch.eye(3)[:2], torch.randn(2, 3)
+    expected = DistillationLoss(build_loss(config), 0.3, 2.0, hard=kind == "hard")
+    assert torch.equal(
+        classification().build_loss(config)(logits, (labels, taught)), expected(logits, (labels, taught))
+    )
+
+
 def test_a_teacher_sees_the_mixed_images_normalised_as_it_was_trained():
     pixels, network = torch.rand(2, 3, 8, 8), Remembering()
     ours = (pixels - 0.5) / 0.25
@@ -110,13 +121,20 @@ def test_a_checkpoint_teaches_what_its_network_answers(taught):
 def test_a_network_of_timm_teaches_with_weights_from_a_file(tmp_path):
     network = timm.create_model(TIMM_TEACHER, num_classes=3).eval()
     torch.save(network.state_dict(), tmp_path / "w.pth")
-    config = teacher_config(TIMM_TEACHER, DISTILL__WEIGHTS=str(tmp_path / "w.pth"), DATA__MEAN=[0.5] * 3)
-    settings = network.pretrained_cfg
-    config.DATA.MEAN, config.DATA.STD = list(settings["mean"]), list(settings["std"])
-    images = torch.randn(2, 3, 64, 64)
-    _, (_, answers) = build_teacher(config, 3, None, FP32, CPU)(images, torch.tensor([0, 1]))
+    config = teacher_config(
+        TIMM_TEACHER, DISTILL__WEIGHTS=str(tmp_path / "w.pth"), DATA__MEAN=[0.1, 0.2, 0.3], DATA__STD=[0.5, 0.25, 0.125]
+    )
+    pixels = torch.rand(2, 3, 64, 64)
+    ours, its = (
+        (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+        for mean, std in (
+            (config.DATA.MEAN, config.DATA.STD),
+            (network.pretrained_cfg["mean"], network.pretrained_cfg["std"]),
+        )
+    )
+    _, (_, answers) = build_teacher(config, 3, None, FP32, CPU)(ours, torch.tensor([0, 1]))
     with torch.no_grad():
-        torch.testing.assert_close(answers, network(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(answers, network(its), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +168,21 @@ def test_a_teacher_of_other_classes_is_refused(taught):
         check_teacher(teacher_config(path), ["a", "c", "b"])
 
 
+def test_a_run_refuses_a_teacher_of_other_classes(taught, tmp_path):
+    path, _ = taught
+    for split in ("train", "val"):
+        write_folder(tmp_path / "data" / split, {"a": 2, "b": 1, "d": 1})
+    config = teacher_config(path, DATA__DATA_PATH=str(tmp_path / "data"), DATA__BATCH_SIZE=2, DATA__NUM_WORKERS=0)
+    with pytest.raises(UserError, match="knows other classes than the data has"):
+        classification().open_data(config, ALONE)
+
+
 @pytest.mark.slow
 def test_a_run_learns_from_a_teacher_and_goes_on_to_the_same_bits(train, trained, tmp_path, differences):
     opts = f"DISTILL.TEACHER {trained.folder / 'best.pth'} DISTILL.ALPHA 0.9 TRAIN.EPOCHS 2 AUG.MIXUP 0.8"
     whole = train(tmp_path / "whole", opts=opts)
     assert "loss DistillationLoss, Teacher" in whole.result.stdout
+    assert "best.pth: 80,310 parameters, after Mixup" in whole.result.stdout
     train(tmp_path / "plain", opts="TRAIN.EPOCHS 2 AUG.MIXUP 0.8")
     plain = checkpoint.load(tmp_path / "plain/tiny/run/last.pth")
     assert differences(whole.checkpoint()["model"], plain["model"])

@@ -246,7 +246,7 @@ def drawn_by_finish(seed=0, rank=0, epochs=(0, 1)):
     network = small_network()
     network.register_forward_pre_hook(lambda module, inputs: seen.append("network"))
     config = plain_training(SEED=seed, TRAIN__ACCUMULATION_STEPS=2)
-    training = training_of(network, 4, config, world=World(rank, 1, CPU), finish=finish, mixup=mixup)
+    training = training_of(network, 4, config, world=World(rank, 1, CPU), finish=finish, batch_transform=mixup)
     for epoch in epochs:
         train(training, batches(4, 4), epoch)
     return seen
@@ -300,7 +300,7 @@ def image_training(state=None):
         drop_path_rate=0.5,
         proj_drop_rate=0.1,
     )
-    training = training_of(network, 5, config, mixup=build_mixup(config, 3))
+    training = training_of(network, 5, config, batch_transform=build_mixup(config, 3))
     if state is not None:
         network.load_state_dict(state["model"])
         training.optimizer.load_state_dict(state["optimizer"])

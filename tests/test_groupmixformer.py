@@ -455,6 +455,14 @@ class TestActivationCheckpointing:
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         assert all(norm.num_batches_tracked == 1 for norm in norms)
 
+    def test_a_second_backward_pass_is_refused_where_products_are_kept(self):
+        model = small_model().train()
+        model.set_grad_checkpointing(recompute="cheap")
+        out = model(images(2, 32, 32)).sum()
+        out.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="backward an extra time"):
+            out.backward()
+
     def test_it_can_be_turned_off_again(self):
         model = small_model()
         model.set_grad_checkpointing()

@@ -243,6 +243,14 @@ def test_warm_up_can_be_told_in_updates():
     assert rates[3] == pytest.approx(config.TRAIN.MIN_LR + (high - config.TRAIN.MIN_LR) * 17 / 20)
 
 
+def test_a_warm_up_that_is_longer_than_the_run_is_refused():
+    config, steps = shaped("cosine", 4, 0, 5, 2, 64, TRAIN__WARMUP_UPDATES=12)
+    scheduled(config, steps)
+    config.TRAIN.WARMUP_UPDATES = 13
+    with pytest.raises(UserError, match=r"TRAIN\.WARMUP_UPDATES 13 is more than the run's 12 updates: lower it"):
+        scheduled(config, steps)
+
+
 def test_rates_are_for_an_update_of_as_many_images_as_configured():
     assert learning_rate_scale(configured(DATA__BATCH_SIZE=2, TRAIN__LR_BATCH=16), 8) == 1.0
     assert learning_rate_scale(configured(DATA__BATCH_SIZE=2, TRAIN__LR_BATCH=16), 4) == 0.5

@@ -222,6 +222,17 @@ def test_epochs_of_so_many_batches_pass_over_the_data_again_and_again(length, ba
         assert sorted(index for index, _ in given_out[start : start + length]) == list(range(length))
 
 
+@pytest.mark.parametrize(("batches", "batch_size", "ranks"), [(2, 6, 2), (4, 6, 1), (12, 2, 1), (4, 2, 3)])
+def test_an_epoch_of_so_many_batches_has_the_same_samples_however_its_updates_are_cut(batches, batch_size, ranks):
+    whole = EndlessBatchSampler(7, 2, 12, 0, 1, seed=4)
+    parts = [EndlessBatchSampler(7, batches, batch_size, rank, ranks, seed=4) for rank in range(ranks)]
+    for sampler in (whole, *parts):
+        sampler.set_epoch(3)
+    of_ranks = [list(part) for part in parts]
+    dealt = [of_rank[batch][i] for batch in range(batches) for i in range(batch_size) for of_rank in of_ranks]
+    assert dealt == [key for batch in whole for key in batch]
+
+
 def test_passes_over_the_data_have_orders_of_their_own():
     sampler = EndlessBatchSampler(20, 2, 20, 0, 1, seed=0)
     first, second = sampler.indices(0, range(1)), sampler.indices(0, range(1, 2))

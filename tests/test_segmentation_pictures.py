@@ -13,7 +13,7 @@ from PIL import Image
 from segmentation.data import PairSource
 from segmentation.labels import IGNORE, MOST_CLASSES, to_classes
 from segmentation.metrics import SegmentationSums
-from segmentation.pictures import PictureSums, draw_comparison, label_map_image, palette
+from segmentation.pictures import PictureSums, draw_comparison, draw_overview, label_map_image, palette
 from utils.errors import UserError
 
 pytest_plugins = ["segments"]
@@ -125,3 +125,16 @@ def test_a_folder_that_cannot_be_written_to_ends_in_one_line(pairs, tmp_path):
     targets = torch.zeros(1, 48, 48, dtype=torch.uint8)
     with pytest.raises(UserError, match="out/labels cannot be made"):
         sums.add(OneClass.of(targets), targets)
+
+
+def test_the_overview_has_the_first_comparisons_below_one_another(pairs, tmp_path):
+    source = PairSource(pairs, "validation")
+    (tmp_path / "comparisons").mkdir()
+    for number in range(5):
+        Image.new("RGB", (30 + number, 10), (40 * number, 0, 0)).save(tmp_path / f"comparisons/0{number}.png")
+    draw_overview(tmp_path, source)
+    with Image.open(tmp_path / "overview.png") as overview:
+        assert overview.size == (34, 50)
+        assert [overview.convert("RGB").getpixel((17, 5 + 10 * row)) for row in range(5)] == [
+            (40 * row, 0, 0) for row in range(5)
+        ]

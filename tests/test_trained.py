@@ -152,6 +152,13 @@ def test_configuration_given_takes_the_place_of_the_checkpoints(load, state, cfg
     assert load(state, cfg).config.DATA.IMG_SIZE == 64
 
 
+def test_a_configuration_to_train_batches_that_cannot_be_mixed_serves_to_load(load, state, cfg, networks):
+    cfg.write_text(cfg.read_text().replace("BATCH_SIZE: 128", "BATCH_SIZE: 127"))
+    trained = load(state, cfg)
+    assert trained.config.DATA.BATCH_SIZE == 127 and trained.config.AUG.MIXUP > 0
+    assert holds(trained, networks[1])
+
+
 def test_configuration_of_another_network_names_what_does_not_fit(load, state, cfg):
     cfg.write_text(cfg.read_text().replace("- 40\n    - 40\n    - 40\n    - 40", "- 40\n    - 40\n    - 40\n    - 80"))
     with pytest.raises(UserError, match=r"c\.pth does not fit the network: .*stages\.3"):

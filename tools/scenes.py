@@ -24,15 +24,17 @@ UNCERTAIN = 0  # the label of pixels at the edge of a digit's ink, which ADE20K 
 _SEED = 0
 _ADE_SPLITS = {"train": "training", "val": "validation"}
 _COCO_SPLITS = {"train": "train2017", "val": "val2017"}
-_COUNT_SHARES = (0.03, 0.12, 0.17, 0.19, 0.19, 0.16, 0.14)  # of scenes for which none, 1, .. 6 digits are tried
-_SIDES = (20, 64)  # pixels of a digit's square
-_TURN = 20.0  # degrees, at most; 6 and 9 stay apart
+_COUNT_SHARES = (0.04, 0.20, 0.28, 0.26, 0.14, 0.08)  # of scenes for which none, 1, .. 5 digits are tried
+_SIDES = (36, 72)  # pixels of a digit's square
+_TURN = 12.0  # degrees, at most; 6 and 9 stay apart
 _INK = (0.36, 0.52)  # of an enlarged scan: no ink below, ink above, an edge between
 _CERTAIN = (0.25, 0.75)  # share of ink up to which a pixel is ground, and from which it is the digit
-_LEAST_VISIBLE = 0.6  # of each digit's mask
+_LEAST_VISIBLE = 0.75  # of each digit's mask
 _PLACES = 8  # that are tried for a digit
 _SHADE = 0.4  # share by which light and shadow differ
-_COLOURS = 6  # that are tried for a digit's ink
+_COLOURS = 12  # that are tried for a digit's ink
+_GROUND = 130  # of 255: its brightest colours
+_INKS = (110, 255)  # their darkest and brightest colours
 
 Plane = NDArray[np.float32]  # [SIZE, SIZE]
 Pixels = NDArray[np.float32]  # [SIZE, SIZE, 3], 0 to 255
@@ -152,8 +154,8 @@ def _visible(inks: list[Plane]) -> list[Mask]:
 
 def _ground(generator: Generator) -> tuple[Pixels, Colours]:
     """A textured ground [SIZE, SIZE, 3] between two colours, and those two [2, 3]."""
-    colours = 255 * generator.random((2, 3), np.float32)
-    colours[1] = (colours[0] + generator.uniform(-90, 90, 3)).clip(0, 255)
+    colours = _GROUND * generator.random((2, 3), np.float32)
+    colours[1] = (colours[0] + generator.uniform(-90, 90, 3)).clip(0, _GROUND)
     texture = sum(
         weight * part
         for weight, part in zip(
@@ -192,8 +194,8 @@ def _noise(generator: Generator) -> Plane:
 
 
 def _colour(others: Colours, generator: Generator) -> Colours:
-    """The one of a few random colours that is most unlike all others."""
-    tried = 255 * generator.random((_COLOURS, 3), np.float32)
+    """The one of a few random bright colours that is most unlike all others."""
+    tried = _INKS[0] + (_INKS[1] - _INKS[0]) * generator.random((_COLOURS, 3), np.float32)
     return tried[np.linalg.norm(tried[:, None] - others, axis=2).min(1).argmax()]
 
 

@@ -7,13 +7,12 @@ from yacs.config import CfgNode
 from data.build import EvalData, TrainData, build_eval_data, build_mixup, build_train_data
 from data.datasets import check_same_classes, count_classes
 from data.finish import Finish
-from models.build import build_model, compile_blocks
+from models.build import build_model, compile_blocks, load_pretrained
 from models.groupmixformer import GroupMixFormer
 from utils.dist import World
 from utils.distillation import DistillationLoss, Mix, build_teacher, check_teacher
 from utils.metrics import Score, ScoreSums
 from utils.optim import Precision, build_loss
-from utils.resume import start_from_pretrained
 from utils.task import Task
 
 
@@ -23,10 +22,10 @@ def classification() -> Task:
         measures=Score.measures,
         open_data=_open_data,
         build_network=_build_network,
-        start_from_pretrained=start_from_pretrained,
+        load_to_start=load_pretrained,
         build_loss=_build_loss,
         build_finish=_build_finish,
-        build_mixup=_build_mixup,
+        build_batch_transform=_build_batch_transform,
         build_sums=_build_sums,
         compile=compile_blocks,
     )
@@ -57,7 +56,7 @@ def _build_finish(config: CfgNode, device: torch.device) -> Finish:
     return Finish(config, device, is_training=True)
 
 
-def _build_mixup(config: CfgNode, network: GroupMixFormer, precision: Precision) -> Mix | None:
+def _build_batch_transform(config: CfgNode, network: GroupMixFormer, precision: Precision) -> Mix | None:
     mixup = build_mixup(config, network.num_classes)
     if not config.DISTILL.TEACHER:
         return mixup

@@ -431,7 +431,7 @@ def _check_training(config: CfgNode) -> None:
     train, betas = config.TRAIN, config.TRAIN.OPTIMIZER.BETAS
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"TRAIN.OPTIMIZER.BETAS is {betas}: give two numbers from 0 to below 1")
-    if train.WARMUP_EPOCHS > train.EPOCHS:
+    if not train.WARMUP_UPDATES and train.WARMUP_EPOCHS > train.EPOCHS:
         raise UserError(f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is more than TRAIN.EPOCHS {train.EPOCHS}: lower it")
     milestones = train.LR_SCHEDULER.MILESTONES
     if milestones != sorted(set(milestones)) or (milestones and milestones[0] < 1):
@@ -480,7 +480,7 @@ def flatten(config: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def differences(config: CfgNode, text: str) -> list[str]:
     """The keys in which a configuration differs from one saved as YAML text, as 'KEY: saved -> now'.
 
-    Keys that are newer than the saved one had their defaults.
+    Of the keys that tasks share, those that are newer than the saved one had their defaults.
     """
     defaults = dict(flatten(default_config()))
     saved = {name: defaults[name] for name, _ in flatten(config) if name in defaults}

@@ -3,6 +3,7 @@
 Soft: Hinton et al., 2015, https://arxiv.org/abs/1503.02531. Hard: Touvron et al., 2020, https://arxiv.org/abs/2012.12877.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from utils import checkpoint
 from utils.errors import UserError, reason
 from utils.optim import Precision
 from utils.trained import load_trained
+
+_log = logging.getLogger(__name__)
 
 Mix = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
@@ -99,6 +102,9 @@ def build_teacher(
     ours = [torch.tensor(list(values), dtype=torch.float64) for values in (data.MEAN, data.STD)]
     its = [torch.tensor(list(values), dtype=torch.float64) for values in (mean, std)]
     scale, shift = ours[1] / its[1], (ours[0] - its[0]) / its[1]
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    mixing = f", after {type(mix).__name__}" if mix else ""
+    _log.info(f"teacher {name}: {parameters:,} parameters{mixing}")
     return Teacher(network.to(device), mix, precision, scale.float().to(device), shift.float().to(device))
 
 

@@ -44,7 +44,8 @@ class Training:
         scaler: torch's loss scaler, idle outside fp16.
         ema: timm's moving average, if there is one.
         finish: Makes the model's input of 8-bit images on the device; may draw, and is seeded for each step.
-        mixup: What is done to the finished images and the targets, if anything is; may draw, and is seeded likewise.
+        batch_transform: What is done to the finished images and the targets, if anything is: to classify, mixup, or a
+            teacher's answers put beside the targets; may draw, and is seeded likewise.
         precision: How the network computes.
         world: This process among all.
         steps: Steps and updates of the run.
@@ -63,7 +64,7 @@ class Training:
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
     finish: Callable[[Any], Any]
-    mixup: Callable[[Any, Any], tuple[Any, Any]] | None
+    batch_transform: Callable[[Any, Any], tuple[Any, Any]] | None
     precision: Precision
     world: World
     steps: Steps
@@ -173,8 +174,8 @@ def _accumulate(run: Training, batches: Iterator[Any], micro_steps: int, meter: 
         complaints += filter(None, of_batch)
         seed_everything(number_for(run.seed, "step", position, micro_step, run.world.rank))
         images = run.finish(images)
-        if run.mixup:
-            images, targets = run.mixup(images, targets)
+        if run.batch_transform:
+            images, targets = run.batch_transform(images, targets)
         is_last = micro_step == micro_steps - 1
         with run.model.no_sync() if hasattr(run.model, "no_sync") and not is_last else nullcontext():
             with run.precision.autocast():

@@ -95,9 +95,17 @@ def build_optimizer(config: CfgNode, model: nn.Module, ranks: int) -> torch.opti
 
 
 def build_scheduler(config: CfgNode, optimizer: torch.optim.Optimizer, steps: Steps, ranks: int) -> Scheduler:
-    """The learning rate of an update by its number: warm-up inside the epochs, then cosine, linear or by steps."""
+    """The learning rate of an update by its number: warm-up inside the epochs, then cosine, linear or by steps.
+
+    Raises:
+        UserError: If the warm-up is longer than the run.
+    """
     train, schedule = config.TRAIN, config.TRAIN.LR_SCHEDULER
     scale, epoch = learning_rate_scale(config, ranks), steps.updates_per_epoch
+    if steps.updates < train.WARMUP_UPDATES:
+        raise UserError(
+            f"TRAIN.WARMUP_UPDATES {train.WARMUP_UPDATES} is more than the run's {steps.updates} updates: lower it"
+        )
     linear = schedule.NAME == "linear"
     scheduler, _ = create_scheduler_v2(  # whose epochs are updates here
         optimizer,

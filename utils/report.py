@@ -23,13 +23,13 @@ def log_plan(config: CfgNode, training: Training, val_images: int) -> None:
     steps, world = training.steps, training.world
     images = training.batch_size * world.size * steps.accumulation
     lr = config.TRAIN.BASE_LR * learning_rate_scale(config, world.size)
-    mixing = f", {type(training.mixup).__name__}" if training.mixup else ""
+    done = f", {type(training.batch_transform).__name__}" if training.batch_transform else ""
     _log.info(f"{config.MODEL.NAME}: {parameters:,} parameters, {training.network.num_classes} classes")
     _log.info(
         f"{world.size} rank(s) on {world.device.type}, {training.precision.name}, {torch.get_num_threads()} CPU threads"
     )
     _log.info(f"{steps.epochs} epochs of {steps.updates_per_epoch} updates of {images} images, up to lr {lr:.3g}")
-    _log.info(f"loss {type(training.criterion).__name__}{mixing}; {val_images or 'unknown'} validation images")
+    _log.info(f"loss {type(training.criterion).__name__}{done}; {val_images or 'unknown'} validation images")
 
 
 def log_report(report: Report, training: Training, metrics: MetricsLog) -> None:

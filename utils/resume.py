@@ -2,16 +2,17 @@
 
 import logging
 import platform
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from models.build import load_pretrained, load_weights
-from models.groupmixformer import GroupMixFormer
+from models.build import load_weights
 from utils import checkpoint
 from utils.config import accumulation_steps, differences
 from utils.dist import World, gather_objects, together
@@ -175,14 +176,21 @@ def without_permissions(config: CfgNode) -> CfgNode:
     return kept
 
 
-def start_from_pretrained(config: CfgNode, network: GroupMixFormer) -> None:
+def start_from_pretrained(
+    config: CfgNode, network: nn.Module, load: Callable[[nn.Module, Mapping[str, Tensor], str], list[str]]
+) -> None:
     """Loads the weights that --pretrained names, if it does, and says what of them does not fit.
+
+    Args:
+        config: The configuration.
+        network: A freshly made network.
+        load: (network, weights, where they are from) -> a sentence for each thing that was not loaded as it is.
 
     Raises:
         UserError: If they are of another network.
     """
     if path := config.MODEL.PRETRAINED:
-        for sentence in load_pretrained(network, checkpoint.load(path)["model"], path):
+        for sentence in load(network, checkpoint.load(path)["model"], path):
             _log.warning(sentence)
 
 

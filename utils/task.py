@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.build import EvalData, TrainData
@@ -18,7 +18,7 @@ def _itself(_config: CfgNode, network: nn.Module) -> nn.Module:
     return network
 
 
-def _no_mixup(_config: CfgNode, _network: nn.Module, _precision: Precision) -> None:
+def _no_batch_transform(_config: CfgNode, _network: nn.Module, _precision: Precision) -> None:
     return None
 
 
@@ -30,11 +30,12 @@ class Task:
         measures: As in `utils.metrics.TaskScore`.
         open_data: (configuration, this process) -> data to train and to validate on, which fit each other.
         build_network: (configuration, training data) -> network with fresh weights and an attribute `num_classes`.
-        start_from_pretrained: (configuration, network): loads the weights that --pretrained names, if it does.
+        load_to_start: (network, weights, their source): loads weights to start from -> what of them does not fit.
         build_loss: Configuration -> loss of what the network answers in training, and targets.
         build_finish: (configuration, device) -> what makes the network's input of training images.
         build_sums: (validation data, device) -> what adds up the score.
-        build_mixup: (configuration, network, precision) -> what is done to images and targets of a batch, or None.
+        build_batch_transform: (configuration, network, precision) -> what is done to a batch's images and targets, or
+            None.
         build_predictor: (configuration, network) -> what answers for the network in evaluation.
         compile: Has torch.compile take the network, in place; None where there is no TRAIN.COMPILE to ask for it.
     """
@@ -42,10 +43,12 @@ class Task:
     measures: Mapping[str, str]
     open_data: Callable[[CfgNode, World], tuple[TrainData, EvalData]]
     build_network: Callable[[CfgNode, TrainData], nn.Module]
-    start_from_pretrained: Callable[[CfgNode, nn.Module], None]
+    load_to_start: Callable[[nn.Module, Mapping[str, Tensor], str], list[str]]
     build_loss: Callable[[CfgNode], nn.Module]
     build_finish: Callable[[CfgNode, torch.device], Callable[[Any], Any]]
     build_sums: Callable[[EvalData, torch.device], Sums]
-    build_mixup: Callable[[CfgNode, nn.Module, Precision], Callable[[Any, Any], tuple[Any, Any]] | None] = _no_mixup
+    build_batch_transform: Callable[[CfgNode, nn.Module, Precision], Callable[[Any, Any], tuple[Any, Any]] | None] = (
+        _no_batch_transform
+    )
     build_predictor: Callable[[CfgNode, nn.Module], nn.Module] = _itself
     compile: Callable[[nn.Module], None] | None = None

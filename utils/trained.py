@@ -14,7 +14,7 @@ from models.build import build_model, load_weights
 from models.groupmixformer import GroupMixFormer
 from utils import checkpoint
 from utils.cli import Parser
-from utils.config import check, default_config, load_config, merge
+from utils.config import check_to_score, default_config, load_config, merge
 from utils.errors import UserError
 
 
@@ -75,7 +75,7 @@ def load_trained(source: Path, cfg: Path | None = None, weights: str = "auto") -
     state = checkpoint.load(source)
     config = saved_config(state, source) if cfg is None else load_config(cfg)
     try:
-        check(config)
+        check_to_score(config)
     except UserError as error:
         raise UserError(f"{cfg or f'the configuration in {source}'}: {error}") from None
     classes = state.get("classes") or None

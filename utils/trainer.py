@@ -37,6 +37,7 @@ from utils.resume import (
     find_state,
     fit_to_ranks,
     restore,
+    start_from_pretrained,
     steps_of_epoch,
     without_permissions,
 )
@@ -60,7 +61,7 @@ def train(config: CfgNode, here: World, precision: Precision, task: Task) -> Non
         seed_everything(number_for(config.SEED, "weights"))
         network = task.build_network(config, train_data)
         if not found:
-            task.start_from_pretrained(config, network)
+            start_from_pretrained(config, network, task.load_to_start)
     steps_per_epoch = steps_of_epoch(config, found, train_data.steps_per_epoch)
     training = build_training(config, here, precision, task, network, steps_per_epoch)
     with together():
@@ -114,7 +115,7 @@ def build_training(
         scaler=precision.grad_scaler(),
         ema=ema,
         finish=task.build_finish(config, here.device),
-        mixup=task.build_mixup(config, network, precision),
+        batch_transform=task.build_batch_transform(config, network, precision),
         precision=precision,
         world=here,
         steps=steps,

@@ -1,0 +1,33 @@
+"""A place to write and check in; only what is whole is moved to where it was asked for."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils.checkpoint import write_beside
+from utils.errors import UserError, reason
+
+
+@contextmanager
+def draft_of(output: Path) -> Iterator[Path]:
+    """Gives a path in a new folder beside a place; the file or folder written there is moved to it at the end.
+
+    Args:
+        output: The place, where nothing is yet.
+
+    Raises:
+        UserError: If the disk refuses. After this, or any other error within, nothing is left.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+            draft = Path(folder) / output.name
+            yield draft
+            if draft.is_dir():
+                draft.rename(output)
+            else:
+                write_beside(output, draft.rename)
+    except OSError as error:
+        raise UserError(
+            f"{output} cannot be written ({reason(error)}): free some space or choose another place"
+        ) from None

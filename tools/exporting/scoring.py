@@ -1,0 +1,67 @@
+"""The accuracy of a network and of what it was exported to, over the same images."""
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from data.build import EvalData, build_eval_data
+from tools.exporting.checking import Run
+from utils.dist import World
+from utils.engine import evaluate
+from utils.metrics import Score
+from utils.optim import Precision
+from utils.trained import Trained
+
+
+class Runtime(nn.Module):
+    """An exported file in the place of a network."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [B, C, H, W] -> logits [B, classes]."""
+        return self._run(images)
+
+
+def _alone() -> World:
+    """This process, with no other, on the CPU."""
+    return World(0, 1, torch.device("cpu"))
+
+
+def validation_data(trained: Trained, data_path: str) -> EvalData:
+    """The validation images of a folder, prepared as the network's configuration says.
+
+    Raises:
+        UserError: If the folder is missing, or has classes that the network does not know.
+    """
+    config = trained.config.clone()
+    config.DATA.DATA_PATH = data_path
+    return build_eval_data(config, _alone(), trained.classes, trained.network.num_classes)
+
+
+def score(run: Run, data: EvalData) -> tuple[Score, float]:
+    """Scores a network or a file, and says how many images a second that took, loading included."""
+    start = time.perf_counter()
+    result = evaluate(
+        Runtime(run), data.loader, data.finish, _alone(), Precision("fp32", "cpu"), data.images, data.rounds
+    )
+    return result, result.images / (time.perf_counter() - start)
+
+
+def print_scores(runs: dict[str, tuple[Run, int]], data: EvalData) -> None:
+    """Prints a table of accuracies, one line for each.
+
+    Args:
+        runs: By name: what runs it, and how many bytes it has.
+        data: The images.
+    """
+    print("| | MiB | Acc@1 | Acc@5 | loss | images/s |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for name, (run, size) in runs.items():
+        result, speed = score(run, data)
+        print(
+            f"| {name} | {size / 2**20:.2f} | {result.acc1:.3f} | {result.acc5:.3f} | {result.loss:.4f} | {speed:.1f} |"
+        )
