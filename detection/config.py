@@ -29,7 +29,6 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "MODEL.DETECTOR.PROPOSALS": (1, math.inf, "boxes"),
     "MODEL.DETECTOR.RPN_SAMPLES": (1, math.inf, "anchors"),
     "MODEL.DETECTOR.BOX_SAMPLES": (1, math.inf, "boxes"),
-    "MODEL.DETECTOR.BOX_POSITIVES": (0, 1, "a share"),
     "MODEL.DETECTOR.SCORE_THRESHOLD": (0, 1, "a share"),
     "MODEL.DETECTOR.NMS_THRESHOLD": (0, 1, "an overlap"),
     "MODEL.DETECTOR.MAX_DETECTIONS": (1, math.inf, "boxes"),
@@ -65,11 +64,10 @@ def default_config() -> CfgNode:
             "ANCHOR_SIZES": [32, 64, 128, 256, 512],  # pixels, of the pyramid's levels from the finest on
             "ANCHOR_RATIOS": [0.5, 1.0, 2.0],  # height over width
             "HEAD_NORM": False,  # group norms in retinanet's heads, of which small ones learn faster
-            "HEAD_WIDTH": 1024,  # of the others' box head; the next four are theirs too
+            "HEAD_WIDTH": 1024,  # of the others' box head; the next three are theirs too
             "PROPOSALS": 1000,  # that the second stage looks at
             "RPN_SAMPLES": 256,  # anchors of an image that the first stage learns from at once
             "BOX_SAMPLES": 512,  # proposals of an image that the second stage learns from at once
-            "BOX_POSITIVES": 0.25,  # share of these that are objects, at most
             "SCORE_THRESHOLD": 0.05,  # least score of what is given out
             "NMS_THRESHOLD": 0.5,  # boxes of a class that overlap more than this are one
             "MAX_DETECTIONS": 100,  # of an image

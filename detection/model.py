@@ -203,7 +203,6 @@ def _build_rcnn(
         box_head=TwoMLPHead(channels * 7 * 7, width),
         box_predictor=FastRCNNPredictor(width, outputs),
         box_batch_size_per_image=settings.BOX_SAMPLES,
-        box_positive_fraction=settings.BOX_POSITIVES,
         box_score_thresh=settings.SCORE_THRESHOLD,
         box_nms_thresh=settings.NMS_THRESHOLD,
         box_detections_per_img=settings.MAX_DETECTIONS,
