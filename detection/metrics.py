@@ -15,7 +15,7 @@ from utils.dist import gather_objects
 
 _OBJECT = 0.5  # least probability of an object's pixels
 # What COCOeval sums up, by its place there, and what to call it.
-_STATS = {
+STATS = {
     "ap": (0, "AP"),  # mean over overlaps from 0.5 to 0.95
     "ap50": (1, "AP50"),
     "ap75": (2, "AP75"),
@@ -24,10 +24,11 @@ _STATS = {
     "ap_large": (5, "APl"),  # of more than 96 x 96
     "ar": (8, "AR"),  # mean recall, of at most 100 in an image
 }
+_FOLLOWED = ("ap", "ap50", "ap75")  # in training
 
 
 def _measures(kind: str) -> dict[str, str]:
-    return {f"{kind}_{name}": f"{kind} {label}" for name, (_, label) in _STATS.items()}
+    return {f"{kind}_{name}": f"{kind} {STATS[name][1]}" for name in _FOLLOWED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +148,7 @@ def _precision(coco: COCO, results: list[dict[str, Any]], kind: str, key: str) -
         evaluation.accumulate()
         evaluation.summarize()
     of_classes = evaluation.eval["precision"][:, :, :, 0, -1]  # [overlaps, recalls, categories]
-    values: dict[str, Any] = {
-        f"{kind}_{name}": _percent(evaluation.stats[place]) for name, (place, _) in _STATS.items()
-    }
+    values: dict[str, Any] = {f"{kind}_{name}": _percent(evaluation.stats[place]) for name, (place, _) in STATS.items()}
     return {
         **values,
         f"{kind}_ap_of_classes": [_percent(of_class.mean()) for of_class in np.moveaxis(of_classes, -1, 0)],

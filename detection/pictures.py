@@ -23,7 +23,6 @@ _SHORT_SIDE = 288  # pixels, that smaller images are enlarged to
 _CELL = (224, 458)  # height and width of a picture in the overview
 _COLUMNS, _ROWS = 3, 5  # of the overview
 _BETWEEN = 10  # pixels
-_PALETTE = 128  # colours of the overview, whose file stays small so
 _COLOURS = colormaps["tab10"].colors + colormaps["Dark2"].colors
 
 
@@ -58,10 +57,10 @@ def save_pictures(
         sides = [draw(pixels, marks, names) for marks in (coco.imgToAnns[entry["id"]], found[entry["id"]])]
         white = torch.full((3, sides[0].shape[1], _BETWEEN), 255, dtype=torch.uint8)
         pairs.append(torch.cat([sides[0], white, sides[1]], dim=2))
-        _write(F.to_pil_image(pairs[-1]), folder / f"{Path(entry['file_name']).stem}.png")
+        _write(pairs[-1], folder / f"{Path(entry['file_name']).stem}.png")
     cells = [_fit(pair) for pair in pairs[: _COLUMNS * _ROWS]]
-    sheet = F.to_pil_image(make_grid(cells, _COLUMNS, padding=_BETWEEN, pad_value=255))
-    _write(sheet.quantize(_PALETTE, dither=Image.Dither.NONE), folder / "overview.png")
+    sheet = make_grid(cells, min(_COLUMNS, len(cells)), padding=_BETWEEN, pad_value=255)
+    _write(sheet, folder / "overview.png")
 
 
 def draw(pixels: Tensor, marks: Sequence[dict[str, Any]], names: dict[Any, str]) -> Tensor:
@@ -119,5 +118,5 @@ def _fit(picture: Tensor) -> Tensor:
     return F.pad(small, [right // 2, down // 2, right - right // 2, down - down // 2], fill=255)
 
 
-def _write(picture: Image.Image, path: Path) -> None:
-    write_beside(path, lambda beside: picture.save(beside, format="PNG"))
+def _write(picture: Tensor, path: Path) -> None:
+    write_beside(path, lambda beside: F.to_pil_image(picture).save(beside, format="PNG", optimize=True))

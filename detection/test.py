@@ -25,6 +25,7 @@ from utils.cli import check_report, config_from, make_parser, run
 from utils.errors import UserError
 
 if TYPE_CHECKING:
+    from detection.metrics import BoxScore
     from detection.scoring import Scored
 
 _log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
         if not here.is_main:
             return
         print(f" * {describe(scored.score)}")
+        print_table(scored.score)
         _log.info(
             "%d images, %d detections, %.1f images/s, %s on %d x %s",
             scored.score.images, len(scored.results), scored.images_per_s, precision.name, here.size, here.device.type,
@@ -88,6 +90,16 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
             save_pictures(
                 arguments.save_pictures, images, scored.coco, scored.results, arguments.pictures, arguments.min_score
             )
+
+
+def print_table(score: "BoxScore") -> None:
+    """Prints all of COCO's measures, of boxes and where there are some of masks."""
+    from detection.metrics import STATS
+
+    print("      " + "".join(f"{label:>8}" for _, label in STATS.values()))
+    for kind in ("box", "mask"):
+        if hasattr(score, f"{kind}_ap"):
+            print(f"{kind:6}" + "".join(f"{getattr(score, f'{kind}_{name}'):8.3f}" for name in STATS))
 
 
 def write_reports(arguments: argparse.Namespace, scored: "Scored", settings: dict[str, Any]) -> None:
