@@ -23,11 +23,14 @@ demo: .venv/.installed
 	@echo "Next, ImageNet (D holds train/ and val/, one folder a class):"
 	@echo "  $(BIN)/torchrun --nproc_per_node 8 train.py --cfg configs/groupmixformer_small.yaml --data-path D --output output"
 
-# Tell digits from the ground, pixel by pixel, in scenes that are composed of them, and draw what was told.
+# Tell digits from the ground, pixel by pixel, in scenes that are composed of them, and draw what was told. The backbone
+# comes from a classifier of single digits.
 demo-segmentation: .venv/.installed
+	$(BIN)/python tools/prepare_digits.py $(DIGITS)
+	$(BIN)/python train.py $(TRAIN:seed$(SEED)=backbone$(SEED)) --seed $(SEED) --opts TRAIN.EPOCHS 8
 	$(BIN)/python tools/prepare_digits.py $(SCENES) --scenes
 	$(BIN)/python segmentation/train.py --cfg configs/segmentation/scenes.yaml --data-path $(SCENES)/ade \
-	  --output output --tag seed$(SEED) --seed $(SEED)
+	  --pretrained output/digits/backbone$(SEED)/best.pth --output output --tag seed$(SEED) --seed $(SEED)
 	$(BIN)/python segmentation/test.py --cfg configs/segmentation/scenes.yaml --data-path $(SCENES)/ade \
 	  --resume $(SEGMENTATION)/best.pth --save-pictures $(SEGMENTATION)/pictures
 	@echo

@@ -1,7 +1,7 @@
 """Image files by their paths, without classes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,8 +41,7 @@ def find_images(places: Sequence[Path]) -> list[Path]:
                 continue
             if not place.exists():
                 raise UserError(f"{place} does not exist: name images, or folders that hold some")
-            walk = os.walk(place, onerror=_refuse, followlinks=True)
-            inside = sorted(Path(folder, name) for folder, _, names in walk for name in names)
+            inside = sorted(_files_below(place))
         except OSError as error:
             raise UserError(f"{place} cannot be read ({reason(error)}): mend it or leave it out") from None
         images = [path for path in inside if path.suffix.lower() in suffixes]
@@ -50,6 +49,14 @@ def find_images(places: Sequence[Path]) -> list[Path]:
             raise UserError(f"{place} holds no images: name images, or folders that hold some")
         found += images
     return list(dict.fromkeys(found))
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root, onerror=_refuse, followlinks=True):
+        above = {Path(folder).resolve(), *Path(folder).resolve().parents}
+        # A link to a folder that it is in would be followed again and again.
+        folders[:] = [name for name in folders if Path(folder, name).resolve() not in above]
+        yield from (Path(folder, name) for name in names)
 
 
 def _refuse(error: OSError) -> NoReturn:

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 from models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
 from utils.errors import UserError, listing
 
-_RGB = 3  # the only number of input channels that timm adapts from
+_GREY, _RGB = 1, 3  # numbers of input channels that others can be adapted from
 _MOST_CODES = 32  # of one part: in training and recomputed, for each stage and size of batch
 _INPUT_CONV, _HEAD = "stem.conv1.weight", ("head.fc.weight", "head.fc.bias")
 
@@ -96,11 +96,14 @@ def load_pretrained(model: GroupMixFormer, state_dict: Mapping[str, Tensor], sou
         had = "no head" if head is None else f"{len(head)} classes"
         sentences.append(f"{source} has {had}, the network {model.num_classes} classes: the head starts afresh")
     conv = weights.get(_INPUT_CONV)
-    if isinstance(conv, Tensor) and conv.ndim == 4 and conv.shape[1] == _RGB != model.in_chans:
-        weights[_INPUT_CONV] = adapt_input_conv(model.in_chans, conv)
+    channels = conv.shape[1] if isinstance(conv, Tensor) and conv.ndim == 4 else model.in_chans
+    if channels in (_GREY, _RGB) and channels != model.in_chans:
+        if channels == _RGB:
+            weights[_INPUT_CONV], how = adapt_input_conv(model.in_chans, conv), "adapted as timm does"
+        else:
+            weights[_INPUT_CONV], how = conv.repeat(1, model.in_chans, 1, 1) / model.in_chans, "shared out to them"
         sentences.append(
-            f"{source} takes {conv.shape[1]} channels, the network {model.in_chans}: "
-            "the first convolution was adapted as timm does"
+            f"{source} takes {channels} channels, the network {model.in_chans}: the first convolution was {how}"
         )
     load_weights(model, weights, source)
     return sentences

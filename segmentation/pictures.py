@@ -20,11 +20,12 @@ from utils.errors import UserError
 from utils.metrics import Sums
 
 _GOLDEN = 0.5 * (5**0.5 - 1)  # of the circle of hues, from one class to the next: no two are ever near
+_FIRST_HUE = 0.6  # blue, as errors are red
 _SATURATIONS, _VALUES = (0.85, 0.55, 1.0), (0.95, 0.7)  # in turn
 _MOST_NAMES = 24  # in a legend, those of the largest classes
 _LONGEST_NAME = 24  # letters in a legend
 _SIDE, _LEAST_WIDTH = 2.6, 1.3  # inches of a panel's longer side, and of its width
-_ROWS, _COLOURS = 5, 128  # of the overview, whose file stays small so
+_ROWS = 4  # of the overview
 _DIM = 0.35  # brightness of the image below its errors
 _RED = (230, 40, 40)
 
@@ -32,7 +33,7 @@ _RED = (230, 40, 40)
 def palette(count: int) -> np.ndarray:
     """Colours that tell classes apart: [count, 3], uint8."""
     numbers = np.arange(count)
-    hues = (numbers * _GOLDEN) % 1
+    hues = (_FIRST_HUE + numbers * _GOLDEN) % 1
     saturations, values = np.take(_SATURATIONS, numbers % 3), np.take(_VALUES, numbers // 3 % 2)
     return np.rint(255 * hsv_to_rgb(np.stack([hues, saturations, values], axis=1))).astype(np.uint8)
 
@@ -124,8 +125,8 @@ class PictureSums:
             (image, _), _ = self._source.read(index)
             labels = label_map_image(prediction, len(self._names), self._reduce_zero_label)
             _write(self._folder / "labels" / name, labels.save)
-            canvas = FigureCanvasAgg(draw_comparison(image, truth, prediction, self._names))
-            _write(self._folder / "comparisons" / name, lambda beside, canvas=canvas, **_: canvas.print_png(beside))
+            comparison = draw_comparison(image, truth, prediction, self._names)
+            _write(self._folder / "comparisons" / name, _rendered(comparison).save)
 
     def total(self) -> SegmentationScore:
         """The score over all ranks; every rank must ask."""
@@ -149,7 +150,13 @@ def draw_overview(folder: Path, source: PairSource) -> None:
     for row in rows:
         sheet.paste(row, ((sheet.width - row.width) // 2, top))
         top += row.height
-    _write(folder / "overview.png", sheet.quantize(_COLOURS).save)
+    _write(folder / "overview.png", sheet.save)
+
+
+def _rendered(figure: Figure) -> Image.Image:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _write(path: Path, save: Any) -> None:

@@ -275,6 +275,16 @@ def test_any_file_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     assert path.read_text() == "text"
 
 
+def test_nothing_is_left_of_a_file_whose_writing_was_interrupted(tmp_path):
+    def write(beside):
+        beside.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_beside(tmp_path / "file", write)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_text_goes_through_a_link_and_leaves_it(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
     checkpoint.write_text(tmp_path / "link", "text")
@@ -443,6 +453,12 @@ def test_a_checkpoint_that_was_cut_short_is_refused(kind, share):
     content = ENCODED[kind][: int(share * len(ENCODED[kind]))]
     suffix, wanted = (".safetensors", {"model": STATE["model"]}) if kind == "safetensors" else (".pth", STATE)
     refused_or(content, suffix, wanted)
+
+
+def test_a_bare_key_is_told_as_what_it_is(tmp_path):
+    (tmp_path / "x.pth").write_text("hi\n")
+    with pytest.raises(UserError, match=r"x\.pth is no checkpoint \(KeyError 105\): name another file"):
+        checkpoint.load(tmp_path / "x.pth")
 
 
 def test_an_empty_file_in_a_checkpoints_place_is_refused(tmp_path):

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers_unit import ROOT, set_key
 from torch.utils.data import DataLoader, Dataset
 
-from utils.cli import config_from, make_parser, run
+from utils.cli import check_report, config_from, make_parser, run
 from utils.config import load_config, lookup
 from utils.errors import BrokenDataError, LostRankError, NotFiniteError, Stopped, UserError
 
@@ -270,6 +271,37 @@ def test_an_interrupted_program_ends_quietly(capsys):
         raise KeyboardInterrupt
 
     assert ending(main, capsys) == (130, ("", ""))
+
+
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at its end", "before"])
+def test_a_program_whose_output_is_no_longer_read_ends_quietly(lines):
+    program = f"from utils.cli import run; run(lambda: [print('line') for _ in range({lines})])"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_another_broken_pipe_keeps_its_traceback():
+    def main():
+        raise BrokenPipeError("mine")
+
+    with pytest.raises(BrokenPipeError, match="mine"):
+        run(main)
+
+
+def test_a_report_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    check_report(tmp_path / "A.PNG", "--png", ".png")
+    check_report(None, "--png", ".png")
+    with pytest.raises(UserError, match=r"--png .*a\.jpg: end the name in \.png"):
+        check_report(tmp_path / "a.jpg", "--png", ".png")
+    with pytest.raises(UserError, match=r"--json .*: name a file in a folder that exists"):
+        check_report(tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    check_report(Path(os.devnull))
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be written to"):
+        check_report(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("mine"), RuntimeError("mine"), OSError("mine")], ids=repr)

@@ -188,6 +188,7 @@ def test_one_run_alone_or_twice_is_refused(call, runs):
 def test_files_that_cannot_be_written_are_refused_before_anything_is_read(call, runs, tmp_path):
     for flag in ("--png", "--markdown"):
         assert flag in refused(call, *runs, flag, tmp_path / "none" / "x")
+    assert "end the name in .png" in refused(call, *runs, "--png", tmp_path / "x.jpg")
     assert {path.name for path in tmp_path.iterdir()} == {"net"}
 
 

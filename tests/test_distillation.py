@@ -150,6 +150,7 @@ def test_a_network_of_timm_teaches_with_weights_from_a_file(tmp_path):
             3,
             "has no weights .*: mend DISTILL.WEIGHTS",
         ),
+        ({"DISTILL__WEIGHTS": "w.pth"}, 3, "DISTILL.WEIGHTS is for networks of timm, and .* leave it empty"),
         ({}, 4, "answers for 3 classes and not 4: choose another"),
         ({"MODEL__GMA__IN_DIM": 1}, 3, r"cannot take 1 x 64 x 64 pixels \(.*\): choose another"),
     ],

@@ -1,8 +1,10 @@
 """tools/export.py: what it writes answers as the network does, tells about itself, and is whole or not there."""
 
+import contextlib
 import importlib.util
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import onnx
@@ -341,6 +343,18 @@ def test_nothing_is_left_of_a_draft_that_fails(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_nothing_is_left_of_a_draft_that_a_signal_ends(tmp_path, number):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end, draft_of(tmp_path / "a.onnx") as draft:
+        draft.write_text("half")
+        with contextlib.suppress(Exception):  # as libraries do
+            signal.raise_signal(number)
+    assert end.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_whole_draft_takes_its_place_alone(tmp_path):
     with draft_of(tmp_path / "a.onnx") as draft:
         draft.write_text("whole")
@@ -358,6 +372,7 @@ WRONG = {
     "another ending": (("onnx", "a.pt2"), "end the name in .onnx"),
     "no such folder": (("onnx", "none/a.onnx"), "no folder that can be written to"),
     "no such data": (("onnx", "a.onnx", "--data-path", "nowhere"), "nowhere"),
+    "a licence for no card": (("onnx", "a.onnx", "--license", "mit"), "--license is for timm's model card"),
     "no such form": (("tflite", "a.tflite"), "tflite"),
 }
 

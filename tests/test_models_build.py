@@ -191,6 +191,19 @@ class TestLoadPretrained:
         summed = state["conv_stem.proj1.weight"].sum(1, keepdim=True)
         torch.testing.assert_close(model.stem.conv1.weight, nn.Parameter(summed))
 
+    @pytest.mark.parametrize("channels", [3, 4])
+    def test_a_network_of_grey_images_sees_the_same_in_colour_images_of_greys(self, channels):
+        model, grey = small_model(in_chans=channels), small_model(in_chans=1)
+        state = filled_state(in_chans=1)
+        grey.load_state_dict(state)
+        (sentence,) = load_pretrained(model, state, "weights.pth")
+        assert (
+            sentence
+            == f"weights.pth takes 1 channels, the network {channels}: the first convolution was shared out to them"
+        )
+        images = torch.rand(2, 1, 64, 64)
+        torch.testing.assert_close(model.eval()(images.expand(-1, channels, -1, -1)), grey.eval()(images))
+
     def test_classes_and_channels_may_differ_together(self):
         sentences = load_pretrained(small_model(num_classes=9, in_chans=1), filled_state(), "weights.pth")
         assert len(sentences) == 2

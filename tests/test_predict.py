@@ -291,6 +291,16 @@ def test_images_come_in_the_order_of_the_arguments_and_in_folders_by_their_paths
     ]  # fmt: skip
 
 
+def test_a_link_to_a_folder_that_it_is_in_is_not_followed(tmp_path):
+    image = tmp_path / "a" / "b" / "x.png"
+    image.parent.mkdir(parents=True)
+    image.touch()
+    (tmp_path / "a" / "b" / "up").symlink_to("..")
+    (tmp_path / "a" / "here").symlink_to(".")
+    (tmp_path / "a" / "again").symlink_to("b")
+    assert find_images([tmp_path]) == [tmp_path / "a" / "again" / "x.png", image]
+
+
 def test_what_pil_writes_and_reads_is_found_and_read(tmp_path):
     Image.init()
     for suffix, form in Image.registered_extensions().items():

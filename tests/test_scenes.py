@@ -173,6 +173,13 @@ def test_the_program_writes_scenes_and_a_picture_of_them(program, scenes, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"d", "d.png"}
 
 
+def test_digits_that_cannot_be_written_are_told_of_in_a_line(program, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    code, said = program(tmp_path / "file")
+    assert code == 2 and said.startswith(f"error: {tmp_path / 'file'} cannot be written (") and said.count("\n") == 1
+    assert files_of(tmp_path) == {Path("file"): b"kept"}
+
+
 def test_a_folder_of_other_things_is_left_as_it_is(program, tmp_path):
     (tmp_path / "mine").write_text("kept")
     code, said = program(tmp_path, "--scenes")

@@ -134,7 +134,7 @@ def test_the_overview_has_the_first_comparisons_below_one_another(pairs, tmp_pat
         Image.new("RGB", (30 + number, 10), (40 * number, 0, 0)).save(tmp_path / f"comparisons/0{number}.png")
     draw_overview(tmp_path, source)
     with Image.open(tmp_path / "overview.png") as overview:
-        assert overview.size == (34, 50)
-        assert [overview.convert("RGB").getpixel((17, 5 + 10 * row)) for row in range(5)] == [
-            (40 * row, 0, 0) for row in range(5)
+        assert overview.size == (33, 40)
+        assert [overview.convert("RGB").getpixel((16, 5 + 10 * row)) for row in range(4)] == [
+            (40 * row, 0, 0) for row in range(4)
         ]

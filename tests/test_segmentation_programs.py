@@ -75,7 +75,9 @@ def test_pictures_of_every_image_are_written(score, pairs, tmp_path):
             assert labels.mode == "P"
             assert labels.size == image.size
             assert set(np.unique(labels)) <= {1, 2, 3}
-        assert (tmp_path / "pictures/comparisons" / path.name).is_file()
+        with Image.open(tmp_path / "pictures/comparisons" / path.name) as comparison:
+            assert comparison.width > comparison.height
+    assert (tmp_path / "pictures/overview.png").is_file()
 
 
 def test_training_starts_from_a_classifier_and_says_what_it_leaves_out(call, segmentation_words, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -222,6 +223,12 @@ def refused(call, tmp_path, *words):
 )
 def test_what_cannot_be_divided_is_told_in_one_line(call, folder, tmp_path, words, told):
     assert told in refused(call, tmp_path, "--data-path", folder, *words)
+
+
+def test_the_command_that_is_told_can_be_pasted(call, folder, tmp_path):
+    output = tmp_path / "with space"
+    told = call(PROGRAM, "--data-path", folder, "--output", output, "--val-share", 0.5).stdout.splitlines()[-1]
+    assert shlex.split(told)[-5:] == ["--data-path", str(output), "--opts", "MODEL.GMA.NUM_CLASSES", "2"]
 
 
 def test_places_that_are_taken_or_inside_the_images_are_refused(call, folder, tmp_path):

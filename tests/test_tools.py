@@ -1,5 +1,6 @@
 """The small programs, started as a user starts them, and the functions behind them."""
 
+import ast
 import json
 import runpy
 import sys
@@ -42,6 +43,12 @@ def weights(tmp_path) -> Path:
     path = tmp_path / "published.pth"
     torch.save({"model": to_published(GroupMixFormer(**TINY).state_dict())}, path)
     return path
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "tools").glob("*.py")), ids=lambda path: path.name)
+def test_the_commands_that_a_help_shows_stand_in_one_line_each(path):
+    shown = ast.get_docstring(ast.parse(path.read_text()))
+    assert [line for line in shown.splitlines() if len(line) > 120] == []
 
 
 @pytest.mark.slow

@@ -3,13 +3,14 @@
 import errno
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from utils.errors import Stopped, UserError, reason
+from utils.errors import UserError, reason
 
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -29,26 +30,35 @@ def appearing_whole(output: Path) -> Iterator[Path]:
         raise UserError(f"{part} exists: remove it unless another program is writing there") from None
     except OSError as error:
         raise UserError(f"{part} cannot be made ({error.strerror}): name another place") from None
+    with ending_in_order():
+        try:
+            yield part
+            part.rename(output)
+        except OSError as error:
+            hint = "free some space or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            raise UserError(f"{output} cannot be written ({reason(error)}): {hint}name another place") from None
+        finally:
+            _ignore_endings()
+            shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """Lets a signal that ends the program raise SystemExit, on which what is half written can be removed."""
     before = {number: signal.getsignal(number) for number in _ENDINGS}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, _stop)
+            signal.signal(number, _end)
     try:
-        yield part
-        part.rename(output)
-    except OSError as error:
-        hint = "free some space or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise UserError(f"{output} cannot be written ({reason(error)}): {hint}name another place") from None
+        yield
     finally:
-        _ignore_endings()
-        shutil.rmtree(part, ignore_errors=True)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
     _ignore_endings()
-    raise Stopped(number)
+    sys.exit(128 + number)  # libraries swallow other exceptions
 
 
 def _ignore_endings() -> None:

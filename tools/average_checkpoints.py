@@ -82,9 +82,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"{paths[0]} is one checkpoint: name two or more to average")
     if missing := [path for path in paths if not path.is_file()]:
         raise UserError(f"{listing(missing)}: no such file; name checkpoints")
-    check_report(output, "--output")
-    if output.suffix != ".pth":
-        raise UserError(f"--output {output}: end the name in .pth")
+    check_report(output, "--output", ".pth")
     if output.resolve() in [path.resolve() for path in paths]:
         raise UserError(f"--output {output} is one of the checkpoints to average: name another")
 

@@ -139,7 +139,7 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if len(arguments.runs) < 2:
         raise UserError(f"only {arguments.runs[0]} is named: name the runs to compare it with")
-    check_report(arguments.png, "--png")
+    check_report(arguments.png, "--png", ".png")
     check_report(arguments.markdown, "--markdown")
     return arguments
 

@@ -28,6 +28,7 @@ from tools.exporting.draft import draft_of  # noqa: E402
 from tools.exporting.forms import FORMS, check_request  # noqa: E402
 from tools.exporting.scoring import print_scores, validation_data  # noqa: E402
 from utils.cli import Parser, run  # noqa: E402
+from utils.errors import UserError  # noqa: E402
 from utils.trained import Trained, add_trained_arguments, trained_from  # noqa: E402
 
 
@@ -47,6 +48,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--license", metavar="NAME", help="of the weights, for timm's model card")
     arguments = parser.parse_args()
     check_request(arguments.form, arguments.output, arguments.precision)
+    if arguments.license and arguments.form != "timm":
+        raise UserError(f"--license is for timm's model card, which --form {arguments.form} has none of: leave it out")
     return arguments
 
 

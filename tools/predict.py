@@ -85,10 +85,9 @@ def parse() -> argparse.Namespace:
         value = getattr(arguments, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag.replace('_', '-')} {value}: give at least {least}")
-    for flag in ("json", "csv", "sheet"):
+    for flag in ("json", "csv"):
         check_report(getattr(arguments, flag), f"--{flag}")
-    if arguments.sheet and arguments.sheet.suffix.lower() != ".png":
-        raise UserError(f"--sheet {arguments.sheet}: end the name in .png")
+    check_report(arguments.sheet, "--sheet", ".png")
     return arguments
 
 

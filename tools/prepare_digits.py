@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits  # noqa: E402
 from sklearn.model_selection import train_test_split  # noqa: E402
 
 from utils.cli import Parser, check_report, run  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+from utils.errors import UserError, reason  # noqa: E402
 
 _VAL_IMAGES = 360
 _SPLIT_SEED = 0
@@ -48,13 +48,19 @@ def write_digits(root: Path) -> dict[str, int]:
 
     Returns:
         The number of images of each split.
+
+    Raises:
+        UserError: If they cannot be written.
     """
     images, labels, splits = load_splits()
-    for split, numbers in splits.items():
-        for number in numbers:
-            folder = root / split / str(labels[number])
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images[number]).save(folder / f"{number:04d}.png")
+    try:
+        for split, numbers in splits.items():
+            for number in numbers:
+                folder = root / split / str(labels[number])
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(images[number]).save(folder / f"{number:04d}.png")
+    except OSError as error:
+        raise UserError(f"{root} cannot be written ({reason(error)}): free some space or name another place") from None
     return {split: len(numbers) for split, numbers in splits.items()}
 
 
@@ -116,7 +122,7 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.png and not arguments.scenes:
         raise UserError("--png draws scenes: add --scenes")
-    check_report(arguments.png, "--png")
+    check_report(arguments.png, "--png", ".png")
     return arguments
 
 

@@ -1,10 +1,9 @@
 """Score an ImageNet-1K network on the sets that papers print: ImageNet, ReaL, ImageNet-V2, -A, -R, -Sketch and -C.
 
 Usage:
-    python tools/score_sets.py --checkpoint best.pth --val D/val --real D/val --imagenet-v2 V2 --imagenet-a A \
-      --imagenet-r R --sketch S --imagenet-c C
-    torchrun --nproc_per_node 8 tools/score_sets.py --checkpoint w.pth --cfg configs/groupmixformer_small.yaml \
-      --imagenet-c C
+    python tools/score_sets.py --checkpoint best.pth --val D/val --real D/val --imagenet-v2 V2 --imagenet-c C
+    python tools/score_sets.py --checkpoint w.pth --cfg configs/groupmixformer_small.yaml --sketch S
+    torchrun --nproc_per_node 8 tools/score_sets.py --checkpoint best.pth --val D/val --imagenet-c C
 
 Prints tables in Markdown. On any number of ranks every image counts once. docs/score_sets.md says how the folders are
 laid out and how each set is scored.

@@ -18,6 +18,7 @@ import csv
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -183,7 +184,7 @@ def main() -> None:
     print(in_words(classes, sides, list(places)))
     if duplicates:
         print(f"{duplicates:,} image(s) equal others bit for bit: each on the side of its equals")
-    first = output / "fold0" if folds else output
+    first = shlex.quote(str(output / "fold0" if folds else output))
     print(f"train on it with --data-path {first} --opts MODEL.GMA.NUM_CLASSES {len(source.classes or [])}")
 
 

@@ -131,8 +131,9 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
         beside.replace(path)
         _flush(path.parent)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
         raise _not_written(path, error) from None
+    finally:
+        beside.unlink(missing_ok=True)  # also where Ctrl-C came
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -127,24 +129,35 @@ def config_from(
     return config
 
 
-def check_report(path: Path | None, flag: str = "--json") -> None:
+def check_report(path: Path | None, flag: str = "--json", ending: str = "") -> None:
     """Refuses a file for a report that cannot be written, before the work that it is to report.
 
+    Args:
+        path: The file, if any is asked for.
+        flag: What names it on the command line.
+        ending: How its name must end, such as '.png'; in any case of letters.
+
     Raises:
-        UserError: If it is a folder, or in none.
+        UserError: If it is a folder, in none or in one that cannot be written to, or its name ends otherwise.
     """
     if path and (path.is_dir() or not path.parent.is_dir()):
         raise UserError(f"{flag} {path}: name a file in a folder that exists")
+    if path and (path.is_file() or not path.exists()) and not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {path}: {path.parent} cannot be written to; name a file in another folder")
+    if path and not path.name.lower().endswith(ending):
+        raise UserError(f"{flag} {path}: end the name in {ending}")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a program; an error that the user can mend becomes one line and exit code 2, a signal 128 + its number.
+    """Runs a program; an error that the user can mend becomes one line and exit code 2, a signal 128 + its number,
+    and so does output that nobody reads any more.
 
     Every rank meets the same error, so only the first of each machine speaks; a lost rank, and data that a loader's
     process cannot read, not every rank may meet.
     """
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, (BrokenDataError, LostRankError)):
             # A loader's process hands its error over with a traceback above it; the message is the last line.
@@ -162,7 +175,19 @@ def run(main: Callable[[], None]) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    except BrokenPipeError:
+        if _is_output_read():
+            raise
+        # As head does it when it has enough. What is left to write must not be complained of at the end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Stopped as stopped:
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_output_read() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # for nothing but that the other end is closed
+    return not poll.poll(0)

@@ -93,6 +93,8 @@ def build_teacher(
     """
     name, data = config.DISTILL.TEACHER, config.DATA
     if Path(name).is_file():
+        if config.DISTILL.WEIGHTS:
+            raise UserError(f"DISTILL.WEIGHTS is for networks of timm, and {name} is a checkpoint: leave it empty")
         trained = load_trained(Path(name))
         network, mean, std = trained.network, trained.config.DATA.MEAN, trained.config.DATA.STD
     else:

@@ -40,7 +40,9 @@ class Stopped(Exception):
 
 def reason(error: BaseException) -> str:
     """An error in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    name = type(error).__name__
+    first = (str(error).splitlines() or [name])[0]
+    return f"{name} {first}" if isinstance(error, KeyError) else first  # whose text is the key alone
 
 
 def listing(names: list[str], most: int = 5) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tools.appearing import ending_in_order
 from utils.checkpoint import write_beside
 from utils.errors import UserError, reason
 
@@ -17,10 +18,11 @@ def draft_of(output: Path) -> Iterator[Path]:
         output: The place, where nothing is yet.
 
     Raises:
-        UserError: If the disk refuses. After this, or any other error within, nothing is left.
+        UserError: If the disk refuses. After this, any other error within, or a signal that ends the program, nothing
+            is left.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+        with ending_in_order(), tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
             draft = Path(folder) / output.name
             yield draft
             if draft.is_dir():
