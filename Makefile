@@ -32,7 +32,7 @@ demo-segmentation: .venv/.installed
 	$(BIN)/python segmentation/train.py --cfg configs/segmentation/scenes.yaml --data-path $(SCENES)/ade \
 	  --pretrained output/digits/backbone$(SEED)/best.pth --output output --tag seed$(SEED) --seed $(SEED)
 	$(BIN)/python segmentation/test.py --cfg configs/segmentation/scenes.yaml --data-path $(SCENES)/ade \
-	  --resume $(SEGMENTATION)/best.pth --save-pictures $(SEGMENTATION)/pictures
+	  --resume $(SEGMENTATION)/best.pth --ema --save-pictures $(SEGMENTATION)/pictures
 	@echo
 	@echo "pictures    $(SEGMENTATION)/pictures/overview.png, and one of each scene beside it"
 	@echo "curves      $(SEGMENTATION)/curves.png"
