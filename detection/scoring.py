@@ -1,7 +1,5 @@
 """Scores the weights that a configuration names; shared by detection/test.py and `detection/train.py --eval`."""
 
-import logging
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +11,9 @@ from detection.data import build_eval_data
 from detection.metrics import BoxScore, DetectionSums
 from detection.model import build_detector
 from models.build import load_weights
-from utils import checkpoint
 from utils.dist import World, together
-from utils.engine import evaluate
 from utils.optim import Precision, memory_format
-from utils.scoring import choose_weights, weights_file
-
-_log = logging.getLogger(__name__)
+from utils.scoring import choose_weights, log_matched, read_weights, score_timed
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,7 @@ class Scored:
         score: Over all ranks.
         results: What was found by all ranks, in the form of COCO's results.
         coco: The truth.
-        images_per_s: Images per second, over all ranks, with loading and without COCO's scoring.
+        images_per_s: Images per second, over all ranks, including loading and COCO's scoring.
     """
 
     score: BoxScore
@@ -55,8 +49,7 @@ def score_weights(
         UserError: If weights, data and configuration do not fit together.
     """
     with together():
-        source = None if random_weights else weights_file(config)
-        state: dict[str, Any] = checkpoint.load(source) if source else {}
+        source, state = read_weights(config, random_weights)
         data = build_eval_data(config, world)
         found = data.classes or []
         classes = state.get("classes") or found
@@ -65,9 +58,7 @@ def score_weights(
         if source:
             load_weights(network, choose_weights(state, use_ema, source), source)
         network.to(world.device, memory_format=memory_format(config))
-        if found != classes:
-            _log.info("%d of the checkpoint's %d classes are in the data; matched by name", len(found), len(classes))
+        log_matched(found, classes)
     sums = DetectionSums(data.coco, classes, data.with_masks, data.is_main)
-    start = time.perf_counter()
-    score = evaluate(network, data.loader, data.finish, world, precision, data.images, data.rounds, sums=sums)
-    return Scored(score, sums.results, data.coco, score.images / (time.perf_counter() - start))
+    score, images_per_s = score_timed(network, data, world, precision, sums)
+    return Scored(score, sums.results, data.coco, images_per_s)

@@ -1,8 +1,6 @@
 """Scores the weights that a configuration names; shared by segmentation's test.py and `train.py --eval`."""
 
-import time
 from collections.abc import Callable
-from typing import Any
 
 from yacs.config import CfgNode
 
@@ -13,13 +11,11 @@ from segmentation.inference import build_predictor
 from segmentation.metrics import SegmentationScore
 from segmentation.model import build_segmenter
 from segmentation.task import build_sums
-from utils import checkpoint
 from utils.dist import World, together
-from utils.engine import evaluate
 from utils.errors import UserError, listing
 from utils.metrics import Sums
 from utils.optim import Precision, memory_format
-from utils.scoring import choose_weights, weights_file
+from utils.scoring import choose_weights, read_weights, score_timed
 
 
 def score_weights(
@@ -47,8 +43,7 @@ def score_weights(
         UserError: If weights, data and configuration do not fit together.
     """
     with together():
-        source = None if random_weights else weights_file(config)
-        state: dict[str, Any] = checkpoint.load(source) if source else {}
+        source, state = read_weights(config, random_weights)
         data = build_eval_data(config, world)
         classes = data.classes or []
         _check_classes(state.get("classes"), classes)
@@ -57,9 +52,8 @@ def score_weights(
             load_weights(network, choose_weights(state, use_ema, source), source)
         sums = watch(build_sums(data, world.device), data)
     predictor = build_predictor(config, network.to(world.device, memory_format=memory_format(config)))
-    start = time.perf_counter()
-    score = evaluate(predictor, data.loader, data.finish, world, precision, data.images, data.rounds, sums=sums)
-    return score, classes, score.images / (time.perf_counter() - start)
+    score, images_per_s = score_timed(predictor, data, world, precision, sums)
+    return score, classes, images_per_s
 
 
 def _check_classes(known: list[str] | None, classes: list[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from yacs.config import CfgNode
 
 from data.build import EvalData, build_eval_data
@@ -16,7 +17,7 @@ from utils import checkpoint
 from utils.dist import World, together
 from utils.engine import evaluate
 from utils.errors import UserError
-from utils.metrics import Score, ScoreSums
+from utils.metrics import Score, ScoreSums, Sums, TaskScore
 from utils.optim import Precision, memory_format
 
 _log = logging.getLogger(__name__)
@@ -81,8 +82,7 @@ def score_weights(
         UserError: If weights, data and configuration do not fit together.
     """
     with together():
-        source = None if random_weights else weights_file(config)
-        state: dict[str, Any] = checkpoint.load(source) if source else {}
+        source, state = read_weights(config, random_weights)
         classes = state.get("classes")
         num_classes = config.MODEL.GMA.NUM_CLASSES or (len(classes) if classes else 0)
         if classes and num_classes != len(classes):
@@ -100,25 +100,36 @@ def score_weights(
             load_weights(network, choose_weights(state, use_ema, source), source)
         network = fuse(network) if fused else network
         network.to(world.device, memory_format=memory_format(config))
-        if classes and eval_data.classes and eval_data.classes != classes:
-            _log.info(
-                "%d of the checkpoint's %d classes are in the data; matched by name",
-                len(eval_data.classes),
-                len(classes),
-            )
+        log_matched(eval_data.classes, classes)
+    score, images_per_s = score_timed(network, eval_data, world, precision, sums)
+    return Scored(score, images_per_s, network.num_classes, classes or eval_data.classes, eval_data)
+
+
+def read_weights(config: CfgNode, random_weights: bool) -> tuple[str | None, dict[str, Any]]:
+    """The file that the configuration says to score, and its checkpoint; None and nothing for fresh weights.
+
+    Raises:
+        UserError: If the configuration names no file, or two, or the file cannot be read.
+    """
+    if random_weights:
+        return None, {}
+    source = weights_file(config)
+    return source, checkpoint.load(source)
+
+
+def log_matched(found: list[str] | None, known: list[str] | None) -> None:
+    """Says how many of a checkpoint's classes are in the data, where both are known and they differ."""
+    if found and known and found != known:
+        _log.info("%d of the checkpoint's %d classes are in the data; matched by name", len(found), len(known))
+
+
+def score_timed(
+    network: nn.Module, data: EvalData, world: World, precision: Precision, sums: Sums | None = None
+) -> tuple[TaskScore, float]:
+    """A network's score on validation data, as `evaluate` gives it, and images per second including loading."""
     start = time.perf_counter()
-    score = evaluate(
-        network,
-        eval_data.loader,
-        eval_data.finish,
-        world,
-        precision,
-        eval_data.images,
-        eval_data.rounds,
-        sums=sums,
-    )
-    seconds = time.perf_counter() - start
-    return Scored(score, score.images / seconds, network.num_classes, classes or eval_data.classes, eval_data)
+    score = evaluate(network, data.loader, data.finish, world, precision, data.images, data.rounds, sums=sums)
+    return score, score.images / (time.perf_counter() - start)
 
 
 def choose_weights(state: dict[str, Any], use_ema: bool, source: str) -> dict[str, torch.Tensor]:
