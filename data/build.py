@@ -109,8 +109,15 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
     return TrainData(loader, classes, images, steps)
 
 
-def check_steps(config: CfgNode, world: World, images: int, steps: int) -> None:
+def check_steps(config: CfgNode, world: World, images: int, steps: int, advice: str = "lower --batch-size") -> None:
     """Refuses epochs without an update.
+
+    Args:
+        config: The configuration.
+        world: This process among all.
+        images: Training images over all ranks.
+        steps: Batches of an epoch.
+        advice: What to do about it.
 
     Raises:
         UserError: If the training images do not fill a batch on every rank.
@@ -118,7 +125,7 @@ def check_steps(config: CfgNode, world: World, images: int, steps: int) -> None:
     if steps == 0:
         raise UserError(
             f"an epoch has no update: {images} training images do not fill a batch of {config.DATA.BATCH_SIZE} "
-            f"on each of {world.size} rank(s): lower --batch-size"
+            f"on each of {world.size} rank(s): {advice}"
         )
 
 

@@ -12,13 +12,15 @@ def class_labels(classes: list[str] | None, num_classes: int) -> list[str]:
         classes: Class names by number, as a checkpoint tells them, or None.
         num_classes: Number of classes; 1000 without names are taken to be ImageNet-1K's.
     """
+    imagenet = ImageNetInfo()
     if classes is None:
-        return (
-            ImageNetInfo().label_descriptions()
-            if num_classes == _IMAGENET_CLASSES
-            else list(map(str, range(num_classes)))
-        )
-    known = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True) | ImageNetInfo().label_descriptions(
-        as_dict=True
-    )
-    return [known.get(name, name) for name in classes]
+        known = num_classes == _IMAGENET_CLASSES
+        return imagenet.label_descriptions() if known else list(map(str, range(num_classes)))
+    return [_words(imagenet, name) for name in classes]
+
+
+def _words(imagenet: ImageNetInfo, name: str) -> str:
+    try:
+        return imagenet.label_name_to_description(name)  # of any synset, whatever the subset
+    except KeyError:
+        return name

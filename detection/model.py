@@ -19,12 +19,11 @@ from yacs.config import CfgNode
 
 from detection.batch import Batch, Objects
 from detection.config import GROUPS
-from models.build import build_model, load_weights
+from models.build import backbone_layers, backbone_weights, build_model, load_weights
 from models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
 from utils.errors import UserError
 
 _BODY = "detector.backbone.body."
-_UNUSED = ("norm.", "head.")  # of a classifier
 _OCTAVE = (1, 2 ** (1 / 3), 2 ** (2 / 3))  # RetinaNet has anchors of three sizes on a level
 
 
@@ -87,13 +86,7 @@ class Detector(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for timm's layer-wise learning rate decay: the backbone's, and all else as the last one."""
-
-        def inside(groups: Any) -> Any:
-            if isinstance(groups, str):
-                return f"^{_BODY.replace('.', '[.]')}{groups.removeprefix('^')}"
-            return [(inside(pattern), suffix) for pattern, suffix in groups]
-
-        return {name: inside(groups) for name, groups in self.body.group_matcher(coarse).items()}
+        return backbone_layers(self.body, _BODY, coarse)
 
     def forward(self, batch: Batch) -> dict[str, Tensor] | list[Objects]:
         """Finds objects, or learns to.
@@ -235,10 +228,10 @@ def load_to_start(network: Detector, state_dict: Mapping[str, Tensor], source: s
     """
     if any(name.startswith(_BODY) for name in state_dict):
         return _load_detector(network, state_dict, source)
-    weights = checkpoint_filter_fn(state_dict, network.body)
-    used = {name: tensor for name, tensor in weights.items() if not name.startswith(_UNUSED)}
+    used = backbone_weights(network.body, state_dict)
     load_weights(network.body, used, source)
-    unused = ", ".join(sorted({name.split(".")[0] for name in weights.keys() - used.keys()}))
+    given = checkpoint_filter_fn(state_dict, network.body)
+    unused = ", ".join(sorted({name.split(".")[0] for name in given.keys() - used.keys()}))
     left = f"; its {unused} is left out" if unused else ""
     return [f"the backbone starts from {source}{left}; pyramid and heads start afresh"]
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from yacs.config import CfgNode
 
 from detection.config import check, default_config
-from utils.cli import check_report, config_from, make_parser, run
+from utils.cli import check_folder, check_report, config_from, make_parser, run
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ def main() -> None:
     config = config_from(arguments, default_config, check)
     for flag in ("json", "classes", "detections"):
         check_report(getattr(arguments, flag), f"--{flag}")
-    if arguments.save_pictures and arguments.save_pictures.exists() and not arguments.save_pictures.is_dir():
-        raise UserError(f"--save-pictures {arguments.save_pictures} is a file: name a folder")
+    check_folder(arguments.save_pictures, "--save-pictures")
     if arguments.pictures < 1:
         raise UserError(f"--pictures {arguments.pictures}: draw at least 1, or leave --save-pictures out")
     score(arguments, config)
@@ -105,7 +104,7 @@ def print_table(score: "BoxScore") -> None:
 def write_reports(arguments: argparse.Namespace, scored: "Scored", settings: dict[str, Any]) -> None:
     """Writes the files that the flags name."""
     from detection.coco import categories
-    from utils.checkpoint import write_beside
+    from utils.checkpoint import write_beside, write_text
 
     values = {name: _finite(value) for name, value in asdict(scored.score).items()}
     names = list(categories(scored.coco).values())
@@ -115,12 +114,11 @@ def write_reports(arguments: argparse.Namespace, scored: "Scored", settings: dic
         for place, name in enumerate(names)
     ]
     if arguments.json:
-        text = json.dumps(values | {"classes": by_class} | settings, indent=2) + "\n"
-        write_beside(arguments.json, lambda beside: beside.write_text(text))
+        write_text(arguments.json, json.dumps(values | {"classes": by_class} | settings, indent=2) + "\n")
     if arguments.classes:
         write_beside(arguments.classes, lambda beside: _write_table(beside, by_class))
     if arguments.detections:
-        write_beside(arguments.detections, lambda beside: beside.write_text(json.dumps(scored.results)))
+        write_text(arguments.detections, json.dumps(scored.results))
 
 
 def _finite(value: Any) -> Any:

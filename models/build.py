@@ -1,5 +1,6 @@
 """Configuration -> network, and weights loaded strictly."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from utils.errors import UserError, listing
 
 _GREY, _RGB = 1, 3  # numbers of input channels that others can be adapted from
 _MOST_CODES = 32  # of one part: in training and recomputed, for each stage and size of batch
+_NOT_IN_BACKBONE = ("norm.", "head.")  # of a classifier's tensors
 _INPUT_CONV, _HEAD = "stem.conv1.weight", ("head.fc.weight", "head.fc.bias")
 
 
@@ -107,6 +109,36 @@ def load_pretrained(model: GroupMixFormer, state_dict: Mapping[str, Tensor], sou
         )
     load_weights(model, weights, source)
     return sentences
+
+
+def backbone_weights(backbone: GroupMixFormer, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A classifier's weights under our names, without its final norm and its head, which a backbone has no use for.
+
+    Args:
+        backbone: Where they are to go.
+        state_dict: Weights of either naming.
+    """
+    weights = checkpoint_filter_fn(state_dict, backbone)
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(_NOT_IN_BACKBONE)}
+
+
+def backbone_layers(backbone: GroupMixFormer, place: str, coarse: bool) -> dict[str, Any]:
+    """A backbone's layers for timm's layer-wise learning rate decay, inside a larger network.
+
+    What no pattern matches, timm puts into the last layer.
+
+    Args:
+        backbone: The backbone.
+        place: What its tensors' names begin with in the larger network, with a dot at the end.
+        coarse: As in `GroupMixFormer.group_matcher`.
+    """
+
+    def inside(patterns: Any) -> Any:
+        if isinstance(patterns, str):
+            return f"^{re.escape(place)}{patterns.removeprefix('^')}"
+        return [(inside(pattern), order) for pattern, order in patterns]
+
+    return {name: inside(patterns) for name, patterns in backbone.group_matcher(coarse).items()}
 
 
 def compile_blocks(model: GroupMixFormer) -> None:

@@ -19,7 +19,7 @@ from torchvision.tv_tensors import Image as ImageTensor
 from torchvision.tv_tensors import Mask
 from yacs.config import CfgNode
 
-from data.build import EvalData, TrainData, loader_settings
+from data.build import EvalData, TrainData, check_steps, loader_settings
 from data.datasets import ImageSamples, count_classes
 from data.decoding import as_mode
 from data.finish import Normalize
@@ -206,11 +206,7 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
         sampler = EndlessBatchSampler(len(source), updates * accumulation_steps(config), **where)
     else:
         sampler = TrainBatchSampler(len(source), **where)
-    if len(sampler) == 0:
-        raise UserError(
-            f"an epoch has no update: {len(source)} training images do not fill a batch of {data.BATCH_SIZE} "
-            f"on each of {world.size} rank(s): lower --batch-size, or set TRAIN.EPOCH_UPDATES"
-        )
+    check_steps(config, world, len(source), len(sampler), "lower --batch-size, or set TRAIN.EPOCH_UPDATES")
     loader = DataLoader(samples, batch_sampler=sampler, **loader_settings(config, world, collate))
     return TrainData(loader, classes, len(source), len(sampler))
 

@@ -1,6 +1,5 @@
 """UperNet and Semantic FPN of segmentation_models_pytorch on our backbone."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,14 +11,20 @@ from segmentation_models_pytorch.base.modules import Conv2dReLU
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from models.build import compile_blocks, load_pretrained, load_weights, network_settings
-from models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
+from models.build import (
+    backbone_layers,
+    backbone_weights,
+    compile_blocks,
+    load_pretrained,
+    load_weights,
+    network_settings,
+)
+from models.groupmixformer import GroupMixFormer
 from utils.errors import UserError
 
 _STRIDE = 32  # of the last stage: sides of what the decoders take are multiples of it
 _AUX_STAGE = 2  # of four, from 0
 _BACKBONE = "encoder.model.model."  # of its tensors' names
-_NOT_IN_BACKBONE = ("norm.", "head.")  # of a classifier's tensors
 
 
 class Segmenter(nn.Module):
@@ -72,19 +77,12 @@ class Segmenter(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers of parameters for timm's layer-wise learning rate decay: the backbone's, then decoder and heads."""
-        groups = self.backbone.group_matcher(coarse)  # what no pattern matches, timm puts last
-        blocks = groups["blocks"]
-        inside = _prefixed(blocks) if coarse else [(_prefixed(pattern), order) for pattern, order in blocks]
-        return {"stem": _prefixed(groups["stem"]), "blocks": inside}
+        return backbone_layers(self.backbone, _BACKBONE, coarse)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True, recompute: str = "all") -> None:
         """Recomputes the backbone's activations in the backward pass, as `GroupMixFormer.set_grad_checkpointing`."""
         self.backbone.set_grad_checkpointing(enable, recompute)
-
-
-def _prefixed(pattern: str) -> str:
-    return f"^{re.escape(_BACKBONE)}{pattern.removeprefix('^')}"
 
 
 def _enlarge(logits: Tensor, images: Tensor) -> Tensor:
@@ -131,9 +129,7 @@ def load_to_start(segmenter: Segmenter, state_dict: Mapping[str, Tensor], source
         UserError: Naming the tensors that do not fit.
     """
     if not is_segmenter(state_dict):
-        weights = checkpoint_filter_fn(state_dict, segmenter.backbone)
-        kept = {name: value for name, value in weights.items() if not name.startswith(_NOT_IN_BACKBONE)}
-        sentences = load_pretrained(segmenter.backbone, kept, source)
+        sentences = load_pretrained(segmenter.backbone, backbone_weights(segmenter.backbone, state_dict), source)
         return [
             f"{source} is a classifier: its final norm and its head are left out, the decoder starts afresh",
             *sentences,

@@ -22,8 +22,7 @@ sys.path.insert(0, str(ROOT))
 from yacs.config import CfgNode  # noqa: E402
 
 from segmentation.config import check, default_config  # noqa: E402
-from utils.cli import check_report, config_from, make_parser, run  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+from utils.cli import check_folder, check_report, config_from, make_parser, run  # noqa: E402
 
 _log = logging.getLogger(__name__)
 
@@ -45,8 +44,7 @@ def main() -> None:
             arguments.opts = [*(arguments.opts or []), key, "True"]
     config = config_from(arguments, default_config, check)
     check_report(arguments.json)
-    if arguments.save_pictures and arguments.save_pictures.exists() and not arguments.save_pictures.is_dir():
-        raise UserError(f"--save-pictures {arguments.save_pictures} is a file: name a folder")
+    check_folder(arguments.save_pictures, "--save-pictures")
     score(arguments, config)
 
 
@@ -57,6 +55,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     from segmentation.data import PairSource
     from segmentation.pictures import PictureSums, draw_overview
     from segmentation.scoring import score_weights
+    from utils.checkpoint import write_text
     from utils.dist import world
     from utils.logger import setup_logging
     from utils.metrics import Sums, describe
@@ -99,7 +98,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
                 "multi_scale": config.TEST.MULTI_SCALE,
                 "sliding_window": config.TEST.SLIDING_WINDOW,
             }
-            arguments.json.write_text(json.dumps(values, indent=2) + "\n")
+            write_text(arguments.json, json.dumps(values, indent=2) + "\n")
 
 
 def _number(value: float) -> float | None:

@@ -148,6 +148,20 @@ def check_report(path: Path | None, flag: str = "--json", ending: str = "") -> N
         raise UserError(f"{flag} {path}: end the name in {ending}")
 
 
+def check_folder(path: Path | None, flag: str) -> None:
+    """Refuses a file where a folder is to be made or filled.
+
+    Args:
+        path: The folder, if any is asked for.
+        flag: What names it on the command line.
+
+    Raises:
+        UserError: If it is a file.
+    """
+    if path and path.exists() and not path.is_dir():
+        raise UserError(f"{flag} {path} is a file: name a folder")
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a program; an error that the user can mend becomes one line and exit code 2, a signal 128 + its number,
     and so does output that nobody reads any more.

@@ -1,16 +1,14 @@
 """The accuracy of a network and of what it was exported to, over the same images."""
 
-import time
-
 import torch
 from torch import Tensor, nn
 
 from data.build import EvalData, build_eval_data
 from tools.exporting.checking import Run
 from utils.dist import World
-from utils.engine import evaluate
 from utils.metrics import Score
 from utils.optim import Precision
+from utils.scoring import score_timed
 from utils.trained import Trained
 
 
@@ -44,11 +42,7 @@ def validation_data(trained: Trained, data_path: str) -> EvalData:
 
 def score(run: Run, data: EvalData) -> tuple[Score, float]:
     """Scores a network or a file, and says how many images a second that took, loading included."""
-    start = time.perf_counter()
-    result = evaluate(
-        Runtime(run), data.loader, data.finish, _alone(), Precision("fp32", "cpu"), data.images, data.rounds
-    )
-    return result, result.images / (time.perf_counter() - start)
+    return score_timed(Runtime(run), data, _alone(), Precision("fp32", "cpu"))
 
 
 def print_scores(runs: dict[str, tuple[Run, int]], data: EvalData) -> None:
