@@ -3,12 +3,14 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import UserError, reason
+
+Item = TypeVar("Item")
 
 _NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that PIL knows by name only
 
@@ -49,6 +51,12 @@ def find_images(places: Sequence[Path]) -> list[Path]:
             raise UserError(f"{place} holds no images: name images, or folders that hold some")
         found += images
     return list(dict.fromkeys(found))
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """So many of them at most, evenly spread."""
+    count = min(len(items), most)
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def _files_below(root: Path) -> Iterator[Path]:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from data.decoding import as_mode
 from detection.coco import categories, decode_mask
-from utils.checkpoint import write_beside
 from utils.errors import UserError
+from utils.sheet import write_png
 
 _SHORT_SIDE = 288  # pixels, that smaller images are enlarged to
 _CELL = (224, 458)  # height and width of a picture in the overview
@@ -57,10 +57,10 @@ def save_pictures(
         sides = [draw(pixels, marks, names) for marks in (coco.imgToAnns[entry["id"]], found[entry["id"]])]
         white = torch.full((3, sides[0].shape[1], _BETWEEN), 255, dtype=torch.uint8)
         pairs.append(torch.cat([sides[0], white, sides[1]], dim=2))
-        _write(pairs[-1], folder / f"{Path(entry['file_name']).stem}.png")
+        write_png(F.to_pil_image(pairs[-1]), folder / f"{Path(entry['file_name']).stem}.png")
     cells = [_fit(pair) for pair in pairs[: _COLUMNS * _ROWS]]
     sheet = make_grid(cells, min(_COLUMNS, len(cells)), padding=_BETWEEN, pad_value=255)
-    _write(sheet, folder / "overview.png")
+    write_png(F.to_pil_image(sheet), folder / "overview.png")
 
 
 def draw(pixels: Tensor, marks: Sequence[dict[str, Any]], names: dict[Any, str]) -> Tensor:
@@ -116,7 +116,3 @@ def _fit(picture: Tensor) -> Tensor:
     small = F.resize(picture, [round(height * scale), round(width * scale)])
     down, right = _CELL[0] - small.shape[1], _CELL[1] - small.shape[2]
     return F.pad(small, [right // 2, down // 2, right - right // 2, down - down // 2], fill=255)
-
-
-def _write(picture: Tensor, path: Path) -> None:
-    write_beside(path, lambda beside: F.to_pil_image(picture).save(beside, format="PNG", optimize=True))

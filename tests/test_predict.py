@@ -12,11 +12,11 @@ import torch
 from helpers_unit import CPU, configured, noise, write_folder
 from PIL import Image
 
-from data.files import find_images, image_suffixes
+from data.files import find_images, image_suffixes, spread
 from data.finish import Finish
 from data.transforms import eval_transform
 from models.build import build_model
-from tools.predict import predict, spread
+from tools.predict import predict
 from tools.predictions import Guess, Prediction, draw_sheet
 from utils import checkpoint
 from utils.errors import UserError

@@ -31,7 +31,7 @@ from yacs.config import CfgNode  # noqa: E402
 
 from data.build import available_cores, collate  # noqa: E402
 from data.datasets import ImageSamples  # noqa: E402
-from data.files import FileSource, find_images  # noqa: E402
+from data.files import FileSource, find_images, spread  # noqa: E402
 from data.finish import Finish  # noqa: E402
 from data.transforms import eval_transform  # noqa: E402
 from models.fuse import fuse  # noqa: E402
@@ -139,12 +139,6 @@ def build_loader(paths: list[Path], config: CfgNode, batch_size: int, workers: i
         worker_init_fn=ignore_stop_signals,
         pin_memory=device.type == "cuda",
     )
-
-
-def spread(predictions: list[Prediction], most: int) -> list[Prediction]:
-    """So many of them at most, evenly spread."""
-    count = min(len(predictions), most)
-    return [predictions[number * len(predictions) // count] for number in range(count)]
 
 
 def say(line: str) -> None:

@@ -131,9 +131,7 @@ def _timm_teacher(name: str, weights: str, num_classes: int) -> nn.Module:
         network = timm.create_model(name, pretrained=not weights, **({"num_classes": num_classes} if weights else {}))
         if weights:
             network.load_state_dict(load_state_dict(weights))
-    except (
-        Exception
-    ) as error:  # what a hub that cannot be reached, or a file of anything, raises is not theirs to promise
+    except Exception as error:  # of any kind: the hub may be out of reach, the file may be anything
         advice = "mend DISTILL.WEIGHTS" if weights else "name a file of its weights in DISTILL.WEIGHTS"
         raise UserError(f"DISTILL.TEACHER {name} has no weights ({reason(error)}): {advice}") from None
     return network

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from yacs.config import CfgNode
 
-from data.files import find_images
+from data.files import find_images, spread
 from data.finish import Finish
 from data.transforms import Transform, eval_transform
 from utils.cli import Parser
@@ -83,6 +83,4 @@ def image_files(places: Sequence[Path], most: int) -> list[Path]:
     Raises:
         UserError: If one does not exist, or holds none.
     """
-    files = find_images(places)
-    count = min(most, len(files))
-    return [files[i * len(files) // count] for i in range(count)]
+    return spread(find_images(places), most)
