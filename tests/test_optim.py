@@ -10,7 +10,7 @@ from helpers_unit import CPU, configured, examples, small_network
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import get_optimizer_info, list_optimizers
+from timm.optim import get_optimizer_info, list_optimizers, muon
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -138,6 +138,20 @@ def test_an_optimizer_of_timm_trains_or_is_refused_by_its_key(name):
         return
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert not get_optimizer_info(name).second_order  # such ones need gradients of gradients
+
+
+def test_muon_computes_in_float32_on_a_cpu():
+    layer = nn.Linear(6, 4, bias=False)
+    nn.init.zeros_(layer.weight)
+    layer.weight.grad = torch.randn(4, 6)
+    values = {"TRAIN__OPTIMIZER__NAME": "muon", "TRAIN__WEIGHT_DECAY": 0.0}
+    optimizer = build_optimizer(configured(**values), layer, 1)
+    optimizer.step()
+    step = -layer.weight.detach().double()
+    exact = muon.zeropower_via_newtonschulz(
+        layer.weight.grad.double(), 5, muon._COEFFICIENTS["quintic"], dtype=torch.float64
+    )
+    torch.testing.assert_close(step / step.norm(), exact / exact.norm(), rtol=0, atol=1e-4)  # bfloat16 is off by 1e-2
 
 
 # Schedule

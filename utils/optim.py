@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, muon
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -81,7 +82,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, ranks: int) -> torch.opti
     if callable(info.opt_class) and "fused" in inspect.signature(info.opt_class).parameters:
         special["fused"] = True  # one kernel for all parameters, where torch has one
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             opt=name,
             lr=config.TRAIN.BASE_LR * learning_rate_scale(config, ranks),
@@ -92,6 +93,15 @@ def build_optimizer(config: CfgNode, model: nn.Module, ranks: int) -> torch.opti
         )
     except (AssertionError, ImportError, TypeError) as error:
         raise UserError(f"TRAIN.OPTIMIZER.NAME {name} cannot be used here ({reason(error)}): choose another") from None
+    if isinstance(optimizer, muon.Muon) and next(model.parameters()).device.type == "cpu":
+        _compute_in_float32(optimizer)
+    return optimizer
+
+
+def _compute_in_float32(optimizer: muon.Muon) -> None:
+    """Has Muon's matrix products be float32's; timm's are bfloat16's, which many CPUs only emulate, slowly."""
+    float32 = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
+    optimizer.step = patch.object(muon, "zeropower_via_newtonschulz", float32)(optimizer.step)
 
 
 def build_scheduler(config: CfgNode, optimizer: torch.optim.Optimizer, steps: Steps, ranks: int) -> Scheduler:
