@@ -25,6 +25,7 @@ _SATURATIONS, _VALUES = (0.85, 0.55, 1.0), (0.95, 0.7)  # in turn
 _MOST_NAMES = 24  # in a legend, those of the largest classes
 _LONGEST_NAME = 24  # letters in a legend
 _SIDE, _LEAST_WIDTH = 2.6, 1.3  # inches of a panel's longer side, and of its width
+_BETWEEN, _TITLE, _LINE = 0.1, 0.25, 0.17  # inches between panels, above them, and of a line of the legend
 _ROWS = 4  # of the overview
 _DIM = 0.35  # brightness of the image below its errors
 _RED = (230, 40, 40)
@@ -75,26 +76,32 @@ def draw_comparison(image: Image.Image, truth: np.ndarray, prediction: np.ndarra
     patches = [Patch(color=colours[number] / 255) for number in shown if counts[number]]
 
     scale = _SIDE / max(image.size)
-    width = len(panels) * (max(scale * image.width, _LEAST_WIDTH) + 0.1)
+    panel = np.array([max(scale * image.width, _LEAST_WIDTH), scale * image.height])  # inches
+    step = panel[0] + _BETWEEN
+    width = len(panels) * step
     columns = max(int(width / (0.55 + 0.06 * max(map(len, labels), default=0))), 1)
-    rows = -(-len(patches) // columns)
-    figure = Figure(figsize=(width, scale * image.height + 0.4 + 0.17 * rows), layout="constrained")
-    for axis, (title, pixels) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    legend = _LINE * -(-len(patches) // columns) + 2 * _BETWEEN
+    size = np.array([width, _TITLE + panel[1] + legend])
+    figure = Figure(figsize=tuple(size))
+    for number, (title, pixels) in enumerate(panels.items()):
+        corner = np.array([_BETWEEN / 2 + number * step, legend])
+        axis = figure.add_axes((*(corner / size), *(panel / size)))
         axis.imshow(pixels, interpolation="nearest")
-        axis.set_title(title, fontsize=8)
+        axis.set_title(title, fontsize=8, pad=3)
         axis.set_axis_off()
-    figure.legend(patches, labels, loc="outside lower center", ncol=columns, fontsize=7, frameon=False)
+    figure.legend(patches, labels, loc="lower center", ncol=columns, fontsize=7, frameon=False, borderaxespad=0.2)
     return figure
 
 
 class PictureSums:
-    """Adds up a score, and writes pictures of each answer: labels/<name>.png and comparisons/<name>.png in a folder.
+    """Adds up a score, and writes pictures to a folder: labels/<name>.png of each answer, and comparisons/<name>.png.
 
     Args:
         sums: Add up the score.
         source: What is scored.
         indices: Of the images, in the order in which they are scored.
         folder: Where to.
+        compared: So many of the source's first images have a comparison.
         names: By class number.
         reduce_zero_label: As in `to_classes`.
     """
@@ -105,11 +112,12 @@ class PictureSums:
         source: PairSource,
         indices: Iterator[int],
         folder: Path,
+        compared: int,
         names: list[str],
         reduce_zero_label: bool,
     ) -> None:
         self._sums, self._source, self._indices, self._folder = sums, source, indices, folder
-        self._names, self._reduce_zero_label = names, reduce_zero_label
+        self._compared, self._names, self._reduce_zero_label = compared, names, reduce_zero_label
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         """Adds a batch, and draws it.
@@ -122,28 +130,30 @@ class PictureSums:
         for prediction, truth in zip(predictions, targets.cpu().numpy(), strict=True):
             index = next(self._indices)
             name = self._source.stem(index).with_suffix(".png")
-            (image, _), _ = self._source.read(index)
             labels = label_map_image(prediction, len(self._names), self._reduce_zero_label)
             _write(self._folder / "labels" / name, labels.save)
-            comparison = draw_comparison(image, truth, prediction, self._names)
-            _write(self._folder / "comparisons" / name, _rendered(comparison).save)
+            if index < self._compared:
+                (image, _), _ = self._source.read(index)
+                comparison = draw_comparison(image, truth, prediction, self._names)
+                _write(self._folder / "comparisons" / name, _rendered(comparison).save)
 
     def total(self) -> SegmentationScore:
         """The score over all ranks; every rank must ask."""
         return self._sums.total()
 
 
-def draw_overview(folder: Path, source: PairSource) -> None:
+def draw_overview(folder: Path, source: PairSource, compared: int) -> None:
     """Puts the comparisons of the first few images below one another, as overview.png beside them.
 
     Args:
         folder: Where `PictureSums` wrote its pictures.
         source: What was scored.
+        compared: As `PictureSums` was given.
 
     Raises:
         UserError: If it cannot be written.
     """
-    names = [source.stem(index).with_suffix(".png") for index in range(min(len(source), _ROWS))]
+    names = [source.stem(index).with_suffix(".png") for index in range(min(len(source), compared, _ROWS))]
     rows = [Image.open(folder / "comparisons" / name).convert("RGB") for name in names]
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0

@@ -23,6 +23,7 @@ from yacs.config import CfgNode  # noqa: E402
 
 from segmentation.config import check, default_config  # noqa: E402
 from utils.cli import check_folder, check_report, config_from, make_parser, run  # noqa: E402
+from utils.errors import UserError  # noqa: E402
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def main() -> None:
         "--sliding-window", action="store_true", help="look through a window (TEST.WINDOW, TEST.STRIDE)"
     )
     parser.add_argument("--save-pictures", type=Path, metavar="DIR", help="write label maps and comparisons there")
+    parser.add_argument("--pictures", type=int, default=24, metavar="N", help="compare the first so many images (24)")
     parser.add_argument("--ema", action="store_true", help="score the checkpoint's moving average")
     parser.add_argument("--random-weights", action="store_true", help="score a network that knows nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the score there too")
@@ -45,6 +47,8 @@ def main() -> None:
     config = config_from(arguments, default_config, check)
     check_report(arguments.json)
     check_folder(arguments.save_pictures, "--save-pictures")
+    if arguments.pictures < 1:
+        raise UserError(f"--pictures {arguments.pictures}: draw at least 1, or leave --save-pictures out")
     score(arguments, config)
 
 
@@ -65,8 +69,8 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
         if arguments.save_pictures is None:
             return sums
         source, order = data.loader.dataset.source, iter(data.loader.sampler)
-        reduce = config.DATA.REDUCE_ZERO_LABEL
-        return PictureSums(sums, source, order, arguments.save_pictures, data.classes or [], reduce)
+        folder, reduce = arguments.save_pictures, config.DATA.REDUCE_ZERO_LABEL
+        return PictureSums(sums, source, order, folder, arguments.pictures, data.classes or [], reduce)
 
     with world(config.DEVICE, config.RANK_TIMEOUT) as here:
         setup_logging(here.is_main)
@@ -77,7 +81,8 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
         if not here.is_main:
             return
         if arguments.save_pictures:
-            draw_overview(arguments.save_pictures, PairSource(Path(config.DATA.DATA_PATH), config.DATA.VAL_SPLIT))
+            source = PairSource(Path(config.DATA.DATA_PATH), config.DATA.VAL_SPLIT)
+            draw_overview(arguments.save_pictures, source, arguments.pictures)
         by_class = list(zip(classes, result.iou_of_classes, result.acc_of_classes, strict=True))
         for name, iou, acc in by_class:
             print(f"{name:24} IoU {iou:7.3f} Acc {acc:7.3f}")

@@ -102,9 +102,9 @@ class OneClass:
         return logits
 
 
-def test_pictures_are_written_beside_an_unchanged_score(pairs, tmp_path):
+def test_label_maps_and_the_first_comparisons_are_written_beside_an_unchanged_score(pairs, tmp_path):
     source, plain = PairSource(pairs, "validation"), SegmentationSums(3, CPU)
-    drawn = PictureSums(SegmentationSums(3, CPU), source, iter([3, 1]), tmp_path / "out", CLASSES, True)
+    drawn = PictureSums(SegmentationSums(3, CPU), source, iter([3, 1]), tmp_path / "out", 2, CLASSES, True)
     for index in (3, 1):
         (_, label_map), _ = source.read(index)
         targets = torch.from_numpy(to_classes(label_map, 3, True))[None]
@@ -112,7 +112,7 @@ def test_pictures_are_written_beside_an_unchanged_score(pairs, tmp_path):
         drawn.add(OneClass.of(targets), targets)
     assert drawn.total() == plain.total()
     found = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
-    assert found == ["comparisons/01.png", "comparisons/03.png", "labels/01.png", "labels/03.png"]
+    assert found == ["comparisons/01.png", "labels/01.png", "labels/03.png"]
     with Image.open(tmp_path / "out/labels/03.png") as image:
         assert image.size == (97, 33)
         assert np.asarray(image).min() == np.asarray(image).max() == 3
@@ -121,7 +121,7 @@ def test_pictures_are_written_beside_an_unchanged_score(pairs, tmp_path):
 def test_a_folder_that_cannot_be_written_to_ends_in_one_line(pairs, tmp_path):
     (tmp_path / "out").write_text("a file")
     source = PairSource(pairs, "validation")
-    sums = PictureSums(SegmentationSums(3, CPU), source, iter([4]), Path(tmp_path / "out"), CLASSES, True)
+    sums = PictureSums(SegmentationSums(3, CPU), source, iter([4]), Path(tmp_path / "out"), 24, CLASSES, True)
     targets = torch.zeros(1, 48, 48, dtype=torch.uint8)
     with pytest.raises(UserError, match="out/labels cannot be made"):
         sums.add(OneClass.of(targets), targets)
@@ -132,7 +132,7 @@ def test_the_overview_has_the_first_comparisons_below_one_another(pairs, tmp_pat
     (tmp_path / "comparisons").mkdir()
     for number in range(5):
         Image.new("RGB", (30 + number, 10), (40 * number, 0, 0)).save(tmp_path / f"comparisons/0{number}.png")
-    draw_overview(tmp_path, source)
+    draw_overview(tmp_path, source, 24)
     with Image.open(tmp_path / "overview.png") as overview:
         assert overview.size == (33, 40)
         assert [overview.convert("RGB").getpixel((16, 5 + 10 * row)) for row in range(4)] == [
