@@ -23,18 +23,15 @@ demo: .venv/.installed
 	@echo "Next, ImageNet (D holds train/ and val/, one folder a class):"
 	@echo "  $(BIN)/torchrun --nproc_per_node 8 train.py --cfg configs/groupmixformer_small.yaml --data-path D --output output"
 
-# Tell digits from the ground, pixel by pixel, in scenes that are composed of them, and draw what was told. The backbone
-# comes from a classifier of single digits.
+# Tell digits from the ground, pixel by pixel, in scenes that are composed of them, and draw what was told.
 demo-segmentation: .venv/.installed
-	$(BIN)/python tools/prepare_digits.py $(DIGITS)
-	$(BIN)/python train.py $(TRAIN:seed$(SEED)=backbone$(SEED)) --seed $(SEED) --opts TRAIN.EPOCHS 8
 	$(BIN)/python tools/prepare_digits.py $(SCENES) --scenes
-	$(BIN)/python segmentation/train.py --cfg configs/segmentation/scenes.yaml --data-path $(SCENES)/ade \
-	  --pretrained output/digits/backbone$(SEED)/best.pth --output output --tag seed$(SEED) --seed $(SEED)
+	$(BIN)/python segmentation/train.py --cfg configs/segmentation/scenes.yaml --data-path $(SCENES)/ade --output output \
+	  --tag seed$(SEED) --seed $(SEED)
 	$(BIN)/python segmentation/test.py --cfg configs/segmentation/scenes.yaml --data-path $(SCENES)/ade \
-	  --resume $(SEGMENTATION)/best.pth --ema --save-pictures $(SEGMENTATION)/pictures
+	  --resume $(SEGMENTATION)/best.pth --save-pictures $(SEGMENTATION)/pictures
 	@echo
-	@echo "pictures    $(SEGMENTATION)/pictures/overview.png, and one of each scene beside it"
+	@echo "pictures    $(SEGMENTATION)/pictures/overview.png, and one of each of the first scenes beside it"
 	@echo "curves      $(SEGMENTATION)/curves.png"
 	@echo "checkpoint  $(SEGMENTATION)/best.pth"
 
@@ -46,7 +43,7 @@ demo-detection: .venv/.installed
 	$(BIN)/python detection/test.py --cfg configs/detection/scenes.yaml --data-path $(SCENES)/coco \
 	  --resume $(DETECTION)/best.pth --save-pictures $(DETECTION)/pictures
 	@echo
-	@echo "pictures    $(DETECTION)/pictures/overview.png, and one of each scene beside it"
+	@echo "pictures    $(DETECTION)/pictures/overview.png, and one of each of the first scenes beside it"
 	@echo "curves      $(DETECTION)/curves.png"
 	@echo "checkpoint  $(DETECTION)/best.pth"
 

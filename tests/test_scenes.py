@@ -114,10 +114,11 @@ def composed(count):
 
 def test_scenes_hold_none_to_five_digits_of_all_kinds_and_of_many_sizes():
     scenes = composed(150)
-    assert {len(scene.digits) for scene in scenes} == set(range(6))
+    counts = {len(scene.digits) for scene in scenes}
+    assert set(range(5)) <= counts <= set(range(6))
     assert {digit.label for scene in scenes for digit in scene.digits} == set(range(10))
     heights = [np.ptp(np.nonzero(digit.mask)[0]) + 1 for scene in scenes for digit in scene.digits]
-    assert min(heights) < 40 and max(heights) > 60
+    assert min(heights) < 50 and max(heights) > 80
 
 
 def test_most_of_every_digit_is_seen_though_some_overlap(monkeypatch):
@@ -125,15 +126,16 @@ def test_most_of_every_digit_is_seen_though_some_overlap(monkeypatch):
     place = tools.scenes._place
 
     def placed(*arguments):
-        ink = place(*arguments)
-        if ink is not None:
+        layer = place(*arguments)
+        if layer is not None:
+            ink, _ = layer
             wholes.append((ink > 0.5).sum())
-        return ink
+        return layer
 
     monkeypatch.setattr(tools.scenes, "_place", placed)
     seen = [digit.mask.sum() for scene in composed(40) for digit in scene.digits]
     shares = np.divide(seen, wholes)
-    assert shares.min() >= 0.75 and 0 < (shares < 1).mean() < 0.5
+    assert shares.min() >= 0.9 and 0 < (shares < 1).mean() < 0.5
 
 
 def test_ink_is_told_from_the_ground_around_it():

@@ -31,7 +31,7 @@ from utils.errors import UserError, reason  # noqa: E402
 _VAL_IMAGES = 360
 _SPLIT_SEED = 0
 _WHITE = 16  # the scans count 0 to 16 inked pixels of 4 x 4
-_SCENES = {"train": 1600, "val": 200}
+_SCENES = {"train": 2400, "val": 200}
 _SCENE_FOLDERS = {"ade", "coco"}
 
 

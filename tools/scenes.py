@@ -25,13 +25,17 @@ _SEED = 0
 _ADE_SPLITS = {"train": "training", "val": "validation"}
 _COCO_SPLITS = {"train": "train2017", "val": "val2017"}
 _COUNT_SHARES = (0.04, 0.20, 0.28, 0.26, 0.14, 0.08)  # of scenes for which none, 1, .. 5 digits are tried
-_SIDES = (36, 72)  # pixels of a digit's square
+_SIDES = (48, 80)  # pixels of a digit's square
 _TURN = 12.0  # degrees, at most; 6 and 9 stay apart
-_INK = (0.36, 0.52)  # of an enlarged scan: no ink below, ink above, an edge between
+_SLANT = 0.15  # by which the top may lean against the bottom, as a share of the height
+_LEAST_INK = (0.14, 0.28)  # of an enlarged scan, where ink begins: thick or thin strokes
+_EDGE = 0.14  # more of it, and there is nothing but ink
+_FAINT = 0.4  # brightness of the faintest ink, as a share of its colour's
 _CERTAIN = (0.25, 0.75)  # share of ink up to which a pixel is ground, and from which it is the digit
-_LEAST_VISIBLE = 0.75  # of each digit's mask
+_LEAST_VISIBLE = 0.9  # of each digit's mask
 _PLACES = 8  # that are tried for a digit
 _SHADE = 0.4  # share by which light and shadow differ
+_EFFORT = 1  # of 9, that PNG spends on small files; noise does not get much smaller with more
 _COLOURS = 12  # that are tried for a digit's ink
 _GROUND = 130  # of 255: its brightest colours
 _INKS = (110, 255)  # their darkest and brightest colours
@@ -39,6 +43,7 @@ _INKS = (110, 255)  # their darkest and brightest colours
 Plane = NDArray[np.float32]  # [SIZE, SIZE]
 Pixels = NDArray[np.float32]  # [SIZE, SIZE, 3], 0 to 255
 Colours = NDArray[np.float32]  # [N, 3]
+Layer = NDArray[np.float32]  # [2, H, W]: the share of ink of each pixel, and how bright it is
 Mask = NDArray[np.bool_]  # [SIZE, SIZE]
 Bytes = NDArray[np.uint8]
 
@@ -92,16 +97,16 @@ def compose(digits: Digits, generator: Generator) -> Scene:
     """Composes a scene of some of the digits; one that would hide too much of others is left out."""
     pixels, colours = _ground(generator)
     chosen = generator.choice(len(digits.labels), generator.choice(len(_COUNT_SHARES), p=_COUNT_SHARES), replace=False)
-    inks, placed = [], []
+    layers, placed = [], []
     for index in chosen:
         stamp = _stamp(digits.images[index], generator)
-        if (ink := _place(stamp, inks, generator)) is not None:
-            inks.append(ink)
+        if (layer := _place(stamp, layers, generator)) is not None:
+            layers.append(layer)
             placed.append(index)
     labels = np.full((SIZE, SIZE), 1, np.uint8)
-    for index, ink in zip(placed, inks, strict=True):
+    for index, (ink, shade) in zip(placed, layers, strict=True):
         colours = np.vstack([colours, _colour(colours, generator)])
-        pixels += ink[..., None] * (colours[-1] - pixels)
+        pixels += ink[..., None] * (colours[-1] * shade[..., None] - pixels)
         labels[ink > _CERTAIN[0]] = UNCERTAIN
         labels[ink >= _CERTAIN[1]] = digits.labels[index] + 2
     pixels *= 1 + _SHADE * (_noise(generator)[..., None] - 0.5)
@@ -111,41 +116,51 @@ def compose(digits: Digits, generator: Generator) -> Scene:
         labels,
         [
             Placed(int(digits.labels[index]), int(digits.numbers[index]), mask)
-            for index, mask in zip(placed, _visible(inks), strict=True)
+            for index, mask in zip(placed, _visible(layers), strict=True)
         ],
     )
 
 
-def _stamp(scan: Bytes, generator: Generator) -> Plane:
-    """A scan enlarged and turned: the share of ink of each pixel, cut to where there is some."""
+def _stamp(scan: Bytes, generator: Generator) -> Layer:
+    """A scan enlarged, slanted and turned, cut to where there is ink."""
     side = int(generator.integers(*_SIDES, endpoint=True))
     width = round(side * generator.uniform(0.8, 1.1))
     margin = np.pad(scan, 1)  # so that ink ends softly at the scan's border
     large = Image.fromarray(margin).resize((width * 10 // 8, side * 10 // 8), Image.Resampling.BICUBIC)
-    turned = large.rotate(generator.uniform(-_TURN, _TURN), Image.Resampling.BICUBIC, expand=True)
-    ink = ((np.asarray(turned, np.float32) / 255 - _INK[0]) / (_INK[1] - _INK[0])).clip(0, 1)
+    slant, room = generator.uniform(-_SLANT, _SLANT), round(_SLANT * large.height)
+    slanted = large.transform(
+        (large.width + room, large.height),
+        Image.Transform.AFFINE,
+        (1, slant, -(room + slant * large.height) / 2, 0, 1, 0),
+        Image.Resampling.BICUBIC,
+    )
+    turned = slanted.rotate(generator.uniform(-_TURN, _TURN), Image.Resampling.BICUBIC, expand=True)
+    grey = np.asarray(turned, np.float32) / 255
+    least = np.float32(generator.uniform(*_LEAST_INK))
+    ink = ((grey - least) / _EDGE).clip(0, 1)
+    shade = _FAINT + (1 - _FAINT) * ((grey - least - _EDGE) / (1 - least - _EDGE)).clip(0, 1)
     rows, columns = np.nonzero(ink.any(1))[0], np.nonzero(ink.any(0))[0]
-    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return np.stack([ink, shade])[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _place(stamp: Plane, below: list[Plane], generator: Generator) -> Plane | None:
-    """The scene's share of ink with a stamp where it leaves enough of the digits below it, or None if no place does."""
-    height, width = stamp.shape
-    sizes = [(ink > 0.5).sum() for ink in below]
+def _place(stamp: Layer, below: list[Layer], generator: Generator) -> Layer | None:
+    """The scene with a stamp where it leaves enough of the digits below it, or None if no place that is tried does."""
+    height, width = stamp.shape[1:]
+    sizes = [(ink > 0.5).sum() for ink, _ in below]
     for _ in range(_PLACES):
         top, left = generator.integers(SIZE - height + 1), generator.integers(SIZE - width + 1)
-        ink = np.zeros((SIZE, SIZE), np.float32)
-        ink[top : top + height, left : left + width] = stamp
-        seen = _visible([*below, ink])
+        layer = np.zeros((2, SIZE, SIZE), np.float32)
+        layer[:, top : top + height, left : left + width] = stamp
+        seen = _visible([*below, layer])
         if all(mask.sum() >= _LEAST_VISIBLE * size for mask, size in zip(seen, sizes, strict=False)):
-            return ink
+            return layer
     return None
 
 
-def _visible(inks: list[Plane]) -> list[Mask]:
+def _visible(layers: list[Layer]) -> list[Mask]:
     """What is seen of each digit, from the lowest to the topmost."""
     masks, hidden = [], np.zeros((SIZE, SIZE), bool)
-    for ink in reversed(inks):
+    for ink, _ in reversed(layers):
         whole = ink > 0.5
         masks.append(whole & ~hidden)
         hidden |= whole
@@ -219,8 +234,8 @@ def write_scenes(root: Path, split: str, count: int, digits: Digits) -> int:
     for number in tqdm(range(1, count + 1), f"{split} scenes", disable=None):
         scene = compose(digits, np.random.default_rng(number_for(_SEED, f"scene of {split}", number)))
         name = f"{number:05d}.png"
-        Image.fromarray(scene.image).save(images / name)
-        Image.fromarray(scene.labels).save(maps / name)
+        Image.fromarray(scene.image).save(images / name, compress_level=_EFFORT)
+        Image.fromarray(scene.labels).save(maps / name, compress_level=_EFFORT)
         (linked / name).hardlink_to(images / name)
         entries.append({"id": number, "file_name": name, "width": SIZE, "height": SIZE})
         for digit in scene.digits:
