@@ -13,7 +13,7 @@ from utils.checkpoint import write_beside
 from utils.logger import read_metrics
 
 _BLUE, _ORANGE = "#2f6f9f", "#d9742b"
-_OTHERS = ("#b0b0b0", "#7a9e7e", "#8d7aa8", "#5f6a72")  # of the measures after the first, again and again
+_OTHERS = ("#b0b0b0", "#7a9e7e", "#8d7aa8", "#5f6a72", "#c2a14d")  # of the measures after the first, again and again
 
 
 def draw_curves(folder: Path, updates_per_epoch: int, measures: Mapping[str, str]) -> None:
@@ -50,6 +50,7 @@ def _draw(axis: Axes, lines: list[dict[str, Any]], curves: dict[str, tuple[str, 
         if points:
             marker = "o" if len(points) < 60 and "lr" not in lines[0] else None
             axis.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.5, marker=marker, markersize=3)
+    axis.set_xlim(left=0)
     axis.set_title(title, fontsize=10, loc="left")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
