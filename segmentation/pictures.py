@@ -76,16 +76,21 @@ def draw_comparison(image: Image.Image, truth: np.ndarray, prediction: np.ndarra
     patches = [Patch(color=colours[number] / 255) for number in shown if counts[number]]
 
     scale = _SIDE / max(image.size)
-    panel = np.array([max(scale * image.width, _LEAST_WIDTH), scale * image.height])  # inches
-    step = panel[0] + _BETWEEN
-    width = len(panels) * step
+    panel_width = max(scale * image.width, _LEAST_WIDTH)
+    width = len(panels) * (panel_width + _BETWEEN)
     columns = max(int(width / (0.55 + 0.06 * max(map(len, labels), default=0))), 1)
     legend = _LINE * -(-len(patches) // columns) + 2 * _BETWEEN
-    size = np.array([width, _TITLE + panel[1] + legend])
-    figure = Figure(figsize=tuple(size))
-    for number, (title, pixels) in enumerate(panels.items()):
-        corner = np.array([_BETWEEN / 2 + number * step, legend])
-        axis = figure.add_axes((*(corner / size), *(panel / size)))
+    height = _TITLE + scale * image.height + legend
+    edges = {
+        "left": _BETWEEN / 2 / width,
+        "right": 1 - _BETWEEN / 2 / width,
+        "bottom": legend / height,
+        "top": 1 - _TITLE / height,
+        "wspace": _BETWEEN / panel_width,
+    }
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(1, len(panels), gridspec_kw=edges)
+    for axis, (title, pixels) in zip(axes, panels.items(), strict=True):
         axis.imshow(pixels, interpolation="nearest")
         axis.set_title(title, fontsize=8, pad=3)
         axis.set_axis_off()

@@ -146,6 +146,7 @@ def test_muon_computes_in_float32_on_a_cpu():
     layer.weight.grad = torch.randn(4, 6)
     values = {"TRAIN__OPTIMIZER__NAME": "muon", "TRAIN__WEIGHT_DECAY": 0.0}
     optimizer = build_optimizer(configured(**values), layer, 1)
+    optimizer.load_state_dict(optimizer.state_dict())  # as a run does that goes on
     optimizer.step()
     step = -layer.weight.detach().double()
     exact = muon.zeropower_via_newtonschulz(

@@ -112,7 +112,7 @@ def composed(count):
     return [compose(digits, default_rng(seed)) for seed in range(count)]
 
 
-def test_scenes_hold_none_to_five_digits_of_all_kinds_and_of_many_sizes():
+def test_scenes_hold_none_to_a_few_digits_of_all_kinds_and_of_many_sizes():
     scenes = composed(150)
     counts = {len(scene.digits) for scene in scenes}
     assert set(range(5)) <= counts <= set(range(6))
@@ -136,6 +136,26 @@ def test_most_of_every_digit_is_seen_though_some_overlap(monkeypatch):
     seen = [digit.mask.sum() for scene in composed(40) for digit in scene.digits]
     shares = np.divide(seen, wholes)
     assert shares.min() >= 0.9 and 0 < (shares < 1).mean() < 0.5
+
+
+def stamps():
+    """One scan, stamped forty times."""
+    images, _, _ = load_splits()
+    return [tools.scenes._stamp(images[0], default_rng(seed)) for seed in range(40)]
+
+
+def test_ink_is_darker_where_the_scans_is_faint():
+    for ink, shade in stamps():
+        assert 0.4 <= shade[ink == 1].min() < 0.5 and shade.max() > 0.9
+
+
+def test_digits_lean_to_both_sides(monkeypatch):
+    monkeypatch.setattr(tools.scenes, "_TURN", 0.0)
+    leans = []
+    for ink, _ in stamps():
+        upper, lower = np.array_split(ink, 2)
+        leans.append((np.nonzero(upper)[1].mean() - np.nonzero(lower)[1].mean()) / len(ink))
+    assert np.ptp(leans) > 0.1
 
 
 def test_ink_is_told_from_the_ground_around_it():

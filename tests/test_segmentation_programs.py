@@ -148,7 +148,8 @@ def test_two_ranks_train_and_score_every_image_once(start, call, segmentation_wo
     found = []
     for ranks in (1, 2):
         report = tmp_path / f"{ranks}.json"
-        flags = ["--resume", tmp_path / "tiny/run/last.pth", "--json", report, "--save-pictures", tmp_path / str(ranks)]
+        flags = ["--resume", tmp_path / "tiny/run/last.pth", "--json", report]
+        flags += ["--save-pictures", tmp_path / str(ranks), "--pictures", 2]
         result = (
             start("segmentation/test.py", *words, *flags, ranks=2)
             if ranks == 2
@@ -159,7 +160,9 @@ def test_two_ranks_train_and_score_every_image_once(start, call, segmentation_wo
         assert values.pop("ranks") == ranks
         values.pop("images_per_s")
         found.append((values.pop("loss"), values))
-        assert len(list((tmp_path / str(ranks) / "labels").iterdir())) == 5
+        for folder, count in (("labels", 5), ("comparisons", 2)):
+            assert len(list((tmp_path / str(ranks) / folder).iterdir())) == count
+        assert (tmp_path / str(ranks) / "overview.png").is_file()
     assert found[0][1] == found[1][1]
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
     (trained,) = [line for line in map(json.loads, (tmp_path / "tiny/run/metrics.jsonl").open()) if "miou" in line]

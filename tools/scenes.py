@@ -137,8 +137,9 @@ def _stamp(scan: Bytes, generator: Generator) -> Layer:
     turned = slanted.rotate(generator.uniform(-_TURN, _TURN), Image.Resampling.BICUBIC, expand=True)
     grey = np.asarray(turned, np.float32) / 255
     least = np.float32(generator.uniform(*_LEAST_INK))
-    ink = ((grey - least) / _EDGE).clip(0, 1)
-    shade = _FAINT + (1 - _FAINT) * ((grey - least - _EDGE) / (1 - least - _EDGE)).clip(0, 1)
+    full = least + np.float32(_EDGE)
+    ink = ((grey - least) / (full - least)).clip(0, 1)
+    shade = _FAINT + (1 - _FAINT) * ((grey - full) / (1 - full)).clip(0, 1)
     rows, columns = np.nonzero(ink.any(1))[0], np.nonzero(ink.any(0))[0]
     return np.stack([ink, shade])[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 

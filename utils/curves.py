@@ -39,6 +39,8 @@ def draw_curves(folder: Path, updates_per_epoch: int, measures: Mapping[str, str
     _draw(axes[0, 1], scores, {f"ema_{first}": (f"{measures[first]} of the moving average", _ORANGE)}, "score, %")
     _draw(axes[1, 0], updates, {"lr": ("", _BLUE)}, "learning rate")
     _draw(axes[1, 1], updates, {"grad_norm": ("", _BLUE)}, "gradient norm")
+    for axis in axes.flat:
+        axis.set_xlim(left=0)
     for axis in axes[1]:
         axis.set_xlabel("epoch")
     write_beside(folder / "curves.png", lambda beside: FigureCanvasAgg(figure).print_png(str(beside)))
@@ -50,7 +52,6 @@ def _draw(axis: Axes, lines: list[dict[str, Any]], curves: dict[str, tuple[str, 
         if points:
             marker = "o" if len(points) < 60 and "lr" not in lines[0] else None
             axis.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.5, marker=marker, markersize=3)
-    axis.set_xlim(left=0)
     axis.set_title(title, fontsize=10, loc="left")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
