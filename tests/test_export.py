@@ -343,16 +343,37 @@ def test_nothing_is_left_of_a_draft_that_fails(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def handled():
+    """Sets a signal's handler for a test, whatever the program that started the tests has ignored."""
+    before = {}
+
+    def handle(number, handler):
+        before[number] = signal.signal(number, handler)
+
+    yield handle
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
-def test_nothing_is_left_of_a_draft_that_a_signal_ends(tmp_path, number):
-    before = signal.getsignal(number)
+def test_nothing_is_left_of_a_draft_that_a_signal_ends(tmp_path, handled, number):
+    handled(number, signal.SIG_DFL)
     with pytest.raises(SystemExit) as end, draft_of(tmp_path / "a.onnx") as draft:
         draft.write_text("half")
         with contextlib.suppress(Exception):  # as libraries do
             signal.raise_signal(number)
     assert end.value.code == 128 + number
-    assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == signal.SIG_DFL
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_is_ignored_ends_no_draft(tmp_path, handled):
+    handled(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with draft_of(tmp_path / "a.onnx") as draft:
+        signal.raise_signal(signal.SIGHUP)
+        draft.write_text("whole")
+    assert (tmp_path / "a.onnx").read_text() == "whole"
 
 
 def test_a_whole_draft_takes_its_place_alone(tmp_path):
