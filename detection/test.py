@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from yacs.config import CfgNode
 
 from detection.config import check, default_config
-from utils.cli import check_folder, check_report, config_from, make_parser, run
-from utils.errors import UserError
+from utils.cli import check_pictures, check_report, config_from, make_parser, run
 
 if TYPE_CHECKING:
     from detection.metrics import BoxScore
@@ -48,9 +47,7 @@ def main() -> None:
     config = config_from(arguments, default_config, check)
     for flag in ("json", "classes", "detections"):
         check_report(getattr(arguments, flag), f"--{flag}")
-    check_folder(arguments.save_pictures, "--save-pictures")
-    if arguments.pictures < 1:
-        raise UserError(f"--pictures {arguments.pictures}: draw at least 1, or leave --save-pictures out")
+    check_pictures(arguments.save_pictures, arguments.pictures)
     score(arguments, config)
 
 

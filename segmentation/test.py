@@ -22,8 +22,7 @@ sys.path.insert(0, str(ROOT))
 from yacs.config import CfgNode  # noqa: E402
 
 from segmentation.config import check, default_config  # noqa: E402
-from utils.cli import check_folder, check_report, config_from, make_parser, run  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+from utils.cli import check_pictures, check_report, config_from, make_parser, run  # noqa: E402
 
 _log = logging.getLogger(__name__)
 
@@ -46,9 +45,7 @@ def main() -> None:
             arguments.opts = [*(arguments.opts or []), key, "True"]
     config = config_from(arguments, default_config, check)
     check_report(arguments.json)
-    check_folder(arguments.save_pictures, "--save-pictures")
-    if arguments.pictures < 1:
-        raise UserError(f"--pictures {arguments.pictures}: draw at least 1, or leave --save-pictures out")
+    check_pictures(arguments.save_pictures, arguments.pictures)
     score(arguments, config)
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
@@ -255,6 +257,12 @@ import importlib, json, sys
 module, function, *words = sys.argv[1:]
 print(json.dumps(getattr(importlib.import_module(module), function)(*words)))
 """
+
+
+def handle(request: pytest.FixtureRequest, handlers: dict[signal.Signals, Any]) -> None:
+    """Sets signals' handlers until the test is over: a shell's background jobs ignore some."""
+    for number, handler in handlers.items():
+        request.addfinalizer(partial(signal.signal, number, signal.signal(number, handler)))
 
 
 def start_ranks(module: str, function: str, *words: object) -> list[subprocess.Popen]:

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from helpers_unit import ROOT, configured
+from helpers_unit import ROOT, configured, handle
 from PIL import Image
 
 import tools.exporting.timm_folder
@@ -343,22 +343,9 @@ def test_nothing_is_left_of_a_draft_that_fails(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def handled():
-    """Sets a signal's handler for a test, whatever the program that started the tests has ignored."""
-    before = {}
-
-    def handle(number, handler):
-        before[number] = signal.signal(number, handler)
-
-    yield handle
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
-def test_nothing_is_left_of_a_draft_that_a_signal_ends(tmp_path, handled, number):
-    handled(number, signal.SIG_DFL)
+def test_nothing_is_left_of_a_draft_that_a_signal_ends(tmp_path, request, number):
+    handle(request, {number: signal.SIG_DFL})
     with pytest.raises(SystemExit) as end, draft_of(tmp_path / "a.onnx") as draft:
         draft.write_text("half")
         with contextlib.suppress(Exception):  # as libraries do
@@ -368,8 +355,8 @@ def test_nothing_is_left_of_a_draft_that_a_signal_ends(tmp_path, handled, number
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_signal_that_is_ignored_ends_no_draft(tmp_path, handled):
-    handled(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+def test_a_signal_that_is_ignored_ends_no_draft(tmp_path, request):
+    handle(request, {signal.SIGHUP: signal.SIG_IGN})  # as nohup does
     with draft_of(tmp_path / "a.onnx") as draft:
         signal.raise_signal(signal.SIGHUP)
         draft.write_text("whole")

@@ -445,26 +445,6 @@ def drawn(folder, lines, updates_per_epoch=2):
         return image.convert("RGB")
 
 
-def test_curves_begin_at_epoch_0_hold_every_point_and_have_a_colour_for_each_measure(tmp_path, monkeypatch):
-    figures = []
-
-    class Canvas(FigureCanvasAgg):
-        def __init__(self, figure):
-            super().__init__(figure)
-            figures.append(figure)
-
-    monkeypatch.setattr("utils.curves.FigureCanvasAgg", Canvas)
-    measures = {f"measure{number}": str(number) for number in range(6)}
-    scores = [{"update": update, "epoch": 0, "loss": 0.5, **dict.fromkeys(measures, 50.0)} for update in (4, 6)]
-    lines = [progress(2), progress(3), *scores]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(values) + "\n" for values in lines))
-    draw_curves(tmp_path, 2, measures)
-    for axis in figures[0].axes:
-        left, right = axis.get_xlim()
-        assert left == 0 and right >= max(line.get_xdata().max() for line in axis.lines)
-    assert len({line.get_color() for line in figures[0].axes[1].lines}) == 6
-
-
 def progress(update, **values):
     return {**line(update), "lr": 0.1, "grad_norm": 1.0, "images_per_s": 9.0, **values}
 
@@ -487,6 +467,26 @@ def inked(image):
                 sum(count for count, (r, g, b) in part.getcolors(1 << 24) if max(r, g, b) - min(r, g, b) > 40)
             )
     return counts
+
+
+def test_curves_begin_at_epoch_0_hold_every_point_and_have_a_colour_for_each_measure(tmp_path, monkeypatch):
+    figures = []
+
+    class Canvas(FigureCanvasAgg):
+        def __init__(self, figure):
+            super().__init__(figure)
+            figures.append(figure)
+
+    monkeypatch.setattr("utils.curves.FigureCanvasAgg", Canvas)
+    measures = {f"measure{number}": str(number) for number in range(6)}
+    scores = [{"update": update, "epoch": 0, "loss": 0.5, **dict.fromkeys(measures, 50.0)} for update in (4, 6)]
+    lines = [progress(2), progress(3), *scores]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(values) + "\n" for values in lines))
+    draw_curves(tmp_path, 2, measures)
+    for axis in figures[0].axes:
+        left, right = axis.get_xlim()
+        assert left == 0 and right >= max(line.get_xdata().max() for line in axis.lines)
+    assert len({line.get_color() for line in figures[0].axes[1].lines}) == 6
 
 
 def test_a_runs_curves_are_a_picture_of_four_panels(tmp_path):

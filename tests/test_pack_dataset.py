@@ -10,13 +10,12 @@ import signal
 import tarfile
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers_unit import ALONE, CPU, configured, noise, small_data_config, write_folder, write_tar
+from helpers_unit import ALONE, CPU, configured, handle, noise, small_data_config, write_folder, write_tar
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -555,12 +554,6 @@ def test_nothing_is_left_of_packing_that_is_ended(call, root, monkeypatch, reque
     assert (result.code, result.stderr.count("\n")) == (code, int(code == 2))
     assert no_output(root) and (code != 2 or "No space left on device): free some space" in result.errors[0])
     assert {number: signal.getsignal(number) for number in handlers} == handlers
-
-
-def handle(request, handlers):
-    """Sets signals' handlers until the test is over: a shell's background jobs ignore some."""
-    for number, handler in handlers.items():
-        request.addfinalizer(partial(signal.signal, number, signal.signal(number, handler)))
 
 
 def test_packing_goes_on_where_signals_are_to_be_ignored(pack, root, monkeypatch, request):

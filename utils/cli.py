@@ -148,18 +148,20 @@ def check_report(path: Path | None, flag: str = "--json", ending: str = "") -> N
         raise UserError(f"{flag} {path}: end the name in {ending}")
 
 
-def check_folder(path: Path | None, flag: str) -> None:
-    """Refuses a file where a folder is to be made or filled.
+def check_pictures(folder: Path | None, count: int) -> None:
+    """Refuses a folder that pictures cannot be saved in, and a number of pictures that is none.
 
     Args:
-        path: The folder, if any is asked for.
-        flag: What names it on the command line.
+        folder: The folder to make or fill, if any is asked for.
+        count: The number of pictures.
 
     Raises:
-        UserError: If it is a file.
+        UserError: If the folder is a file, or there is nothing to draw.
     """
-    if path and path.exists() and not path.is_dir():
-        raise UserError(f"{flag} {path} is a file: name a folder")
+    if folder and folder.exists() and not folder.is_dir():
+        raise UserError(f"--save-pictures {folder} is a file: name a folder")
+    if count < 1:
+        raise UserError(f"--pictures {count}: draw at least 1, or leave --save-pictures out")
 
 
 def run(main: Callable[[], None]) -> None:
