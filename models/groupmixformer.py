@@ -100,9 +100,11 @@ class SegmentProjection(nn.Linear):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         weight, bias = self.by_segment()
+        weights = weight.unbind()
         if bias is None:
-            return [F.linear(x, weight[i]) for i in range(self.rows[1])]
-        return [F.linear(x, weight[i], bias[i]) for i in range(self.rows[1])]
+            return [F.linear(x, weights[i]) for i in range(self.rows[1])]
+        biases = bias.unbind()
+        return [F.linear(x, weights[i], biases[i]) for i in range(self.rows[1])]
 
     def by_segment(self) -> tuple[Tensor, Tensor | None]:
         """The weight as [5, 3C/5, C] and the bias as [5, 3C/5], a segment's queries, keys and values side by side."""
@@ -235,9 +237,11 @@ class GroupMixAttention(nn.Module):
         """Mixes tokens: [B, H, W, C] -> [B, H, W, C]."""
         B, H, W, _ = x.shape
         tokens, local = self.aggregator(self.qkv(x))
-        q, k, v = tokens.reshape(B, H * W, 3, self.num_heads, -1).unbind(2)  # [B, N, heads, head_dim]
-        attended = torch.einsum("bnhk,bhkv->bnhv", q, self.scale * attention_context(k, v)).reshape(B, H, W, -1)
-        attended = torch.addcmul(attended, tokens[..., 0, :], self.position(tokens[..., 2, :]))
+        q, k, v = tokens.unbind(3)
+        heads = (B, H * W, self.num_heads, -1)
+        context = self.scale * attention_context(k.reshape(heads), v.reshape(heads))
+        attended = torch.einsum("bnhk,bhkv->bnhv", q.reshape(heads), context).reshape(B, H, W, -1)
+        attended = torch.addcmul(attended, q, self.position(v))
         return self.proj_drop(self.proj(torch.cat((attended, local), dim=-1)))
 
 

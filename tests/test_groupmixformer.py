@@ -357,6 +357,15 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class TestBackwardPass:
+    def test_gradients_of_parts_are_put_together_and_not_added_to_zeros(self):
+        model = small_model().train()
+        with Operators() as operators:
+            model(images(2, 32, 32)).sum().backward()
+        assert operators.counts["select_backward"] == 0
+        assert operators.counts["stack"] > 0
+
+
 def training_step(recompute: str, compiled: bool = False, **settings):
     """Output, gradients and statistics of one training step."""
     model = small_model(**settings).double().train()
