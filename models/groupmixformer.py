@@ -25,6 +25,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from models.depthwise import depthwise_conv2d
 from models.published import from_published, is_published
 
 __all__ = ["GroupMixAttention", "GroupMixFormer"]
@@ -120,7 +121,7 @@ class GroupProxy(SeparableConv):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = to_image(torch.cat([to_tokens(self.conv_dw.weight)] * 3))  # so that its gradient keeps its layout
-        x = F.conv2d(to_image(x), weight, padding=self.conv_dw.padding, groups=3 * self.conv_dw.groups)
+        x = depthwise_conv2d(to_image(x), weight)
         return from_row(self.act(self.norm(self.conv_pw(to_row(to_tokens(x))))))
 
 
@@ -176,7 +177,7 @@ class RelativePosition(nn.Module):
         groups = to_image(v).split(self.widths, dim=1)
         windows = []
         for i, conv in enumerate(self.convs):
-            windows.append(conv(groups[i]))
+            windows.append(depthwise_conv2d(groups[i], conv.weight, conv.bias))
         return to_tokens(torch.cat(windows, dim=1))
 
 
