@@ -1,20 +1,29 @@
 """Depthwise convolution, trained in bfloat16 on CPUs at the speed that its arithmetic allows.
 
 oneDNN, which computes convolutions on CPUs, has a depthwise kernel for the gradient of weights of up to three columns.
-Wider ones go through its general kernel, which fills every channel up to a group of sixteen. So their gradient is taken
-three columns at a time: the same sums, several times as fast.
+Wider ones go through its general kernel, which fills every channel up to a group of sixteen. So their gradient is
+computed three columns at a time: the same sums, several times as fast on x86 that multiplies in bfloat16. The way back
+of strips knows no forward-mode derivatives.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-__all__ = ["depthwise_conv2d"]
+__all__ = ["DepthwiseConv2d", "depthwise_conv2d"]
 
 STRIP = 3  # columns
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A layer of such a convolution: `nn.Conv2d` of stride 1 with a group for each channel, and odd, padded kernels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        return depthwise_conv2d(x, self.weight, self.bias)
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,7 +48,8 @@ def _learns_in_strips(x: Tensor, weight: Tensor) -> bool:
         return False  # whoever reads a trace, to count, to export, has to see a convolution
     # In float32 the general kernel loses less, and a whole step would gain too little.
     slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and weight.shape[-1] > STRIP
-    return slow and weight.requires_grad and torch.is_grad_enabled()
+    fits = weight.dtype == x.dtype or torch.is_autocast_enabled("cpu")
+    return slow and fits and weight.requires_grad and torch.is_grad_enabled()
 
 
 class _LearnedInStrips(torch.autograd.Function):
@@ -60,7 +70,7 @@ class _LearnedInStrips(torch.autograd.Function):
         return (
             _input_gradient(grad, x, weight) if needs_x else None,
             _weight_gradient(grad, x, weight.shape[-1]),
-            grad.sum((0, 2, 3)) if needs_bias else None,  # oneDNN would take it along with that of all weights
+            grad.sum((0, 2, 3)) if needs_bias else None,  # which oneDNN computes with that of all weights only
         )
 
 

@@ -25,7 +25,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from models.depthwise import depthwise_conv2d
+from models.depthwise import DepthwiseConv2d, depthwise_conv2d
 from models.published import from_published, is_published
 
 __all__ = ["GroupMixAttention", "GroupMixFormer"]
@@ -101,7 +101,7 @@ class SegmentProjection(nn.Linear):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         weight, bias = self.by_segment()
-        weights = weight.unbind()
+        weights = weight.unbind()  # of which gradients are stacked; those of weight[i] would be added to zeros
         if bias is None:
             return [F.linear(x, weights[i]) for i in range(self.rows[1])]
         biases = bias.unbind()
@@ -168,7 +168,7 @@ class RelativePosition(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.widths = [heads * dim // num_heads for _, heads in windows]
         self.convs = nn.ModuleList(
-            nn.Conv2d(width, width, window, padding=window // 2, groups=width, **dd)
+            DepthwiseConv2d(width, width, window, padding=window // 2, groups=width, **dd)
             for width, (window, _) in zip(self.widths, windows, strict=True)
         )
 
@@ -177,7 +177,7 @@ class RelativePosition(nn.Module):
         groups = to_image(v).split(self.widths, dim=1)
         windows = []
         for i, conv in enumerate(self.convs):
-            windows.append(depthwise_conv2d(groups[i], conv.weight, conv.bias))
+            windows.append(conv(groups[i]))
         return to_tokens(torch.cat(windows, dim=1))
 
 

@@ -9,7 +9,7 @@ Usage:
 
 A GroupMixFormer is measured beside its literal form too, which computes the same as published code does, step by step.
 All networks of a mode and batch size take turns with a large matrix product and a large copy, so that a machine that
-drifts changes no ratio. Weights and images are random.
+drifts changes ratios little. Weights and images are random.
 
 --compile measures each network with torch.compile too: ours block by block, others whole; inference on a CPU whole and
 with inductor's freezing. Networks have no drop path here, with which less of a block is compiled. The first step's time
