@@ -19,7 +19,16 @@ STRIP = 3  # columns
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A layer of such a convolution: `nn.Conv2d` of stride 1 with a group for each channel, and odd, padded kernels."""
+    """A layer of such a convolution.
+
+    Args:
+        channels: Its channels C.
+        kernel_size: Odd size k of the kernels.
+        **kwargs: Further settings of `nn.Conv2d`: bias, device, dtype.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, **kwargs: Any) -> None:
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
@@ -39,6 +48,10 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     """
     if not torch.jit.is_scripting() and _learns_in_strips(x, weight):
         return _LearnedInStrips.apply(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return _convolve(x, weight, bias)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
 
@@ -55,9 +68,7 @@ def _learns_in_strips(x: Tensor, weight: Tensor) -> bool:
 class _LearnedInStrips(torch.autograd.Function):
     generate_vmap_rule = True
 
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    forward = staticmethod(_convolve)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:

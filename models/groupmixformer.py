@@ -168,8 +168,7 @@ class RelativePosition(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.widths = [heads * dim // num_heads for _, heads in windows]
         self.convs = nn.ModuleList(
-            DepthwiseConv2d(width, width, window, padding=window // 2, groups=width, **dd)
-            for width, (window, _) in zip(self.widths, windows, strict=True)
+            DepthwiseConv2d(width, window, **dd) for width, (window, _) in zip(self.widths, windows, strict=True)
         )
 
     def forward(self, v: Tensor) -> Tensor:

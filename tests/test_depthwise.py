@@ -11,12 +11,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.depthwise import depthwise_conv2d
-from models.groupmixformer import GroupMixFormer
-
-
-def plain(x, weight, bias=None):
-    """What it must compute."""
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+from tests.reference import depthwise as plain
+from tests.test_groupmixformer import small_model
 
 
 def inputs(kernel, height=9, width=11, channels=8, bias=True, dtype=torch.bfloat16, channels_last=True):
@@ -37,8 +33,7 @@ def output_and_gradients(convolve, tensors):
 
 
 def small_network():
-    torch.manual_seed(0)
-    return GroupMixFormer(embed_dims=(40, 40), depths=(1, 1), mlp_ratios=(1, 1), num_classes=5)
+    return small_model(embed_dims=(40, 40), depths=(1, 1), mlp_ratios=(1, 1))
 
 
 class WeightGradients(TorchDispatchMode):

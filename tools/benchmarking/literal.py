@@ -100,6 +100,6 @@ def _position(position: RelativePosition, v: Tensor, height: int, width: int) ->
     images = v.transpose(2, 3).reshape(v.shape[0], -1, height, width)
     groups = images.split([conv.in_channels for conv in position.convs], dim=1)
     # With torch's own gradients, as published code has.
-    seen = [nn.Conv2d.forward(conv, group) for conv, group in zip(position.convs, groups, strict=True)]
-    seen = torch.cat(seen, dim=1)
+    windows = [nn.Conv2d.forward(conv, group) for conv, group in zip(position.convs, groups, strict=True)]
+    seen = torch.cat(windows, dim=1)
     return seen.reshape(*v.shape[:2], v.shape[3], v.shape[2]).transpose(2, 3)
