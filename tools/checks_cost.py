@@ -30,6 +30,7 @@ from utils.classification import classification  # noqa: E402
 from utils.cli import config_from, make_parser, run  # noqa: E402
 from utils.dist import world  # noqa: E402
 from utils.engine import Training, Watch, train_one_epoch  # noqa: E402
+from utils.errors import UserError  # noqa: E402
 from utils.optim import choose_precision  # noqa: E402
 from utils.resume import state_of  # noqa: E402
 from utils.throughput import wait  # noqa: E402
@@ -44,6 +45,8 @@ def main() -> None:
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="pairs of updates (default 20)")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        raise UserError(f"--rounds {arguments.rounds}: give at least 2")
     config = config_from(arguments)
     with world(config.DEVICE, config.RANK_TIMEOUT) as here:
         precision = choose_precision(config, here.device, lambda _: None)
@@ -53,13 +56,14 @@ def main() -> None:
         )
         shape = (config.DATA.BATCH_SIZE, config.MODEL.GMA.IN_DIM, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
         with_checks, without = time_updates(training, shape, arguments.rounds)
-        ratio = statistics.median(checked / bare for checked, bare in zip(with_checks, without, strict=True))
+        cost = [100 * (checked / bare - 1) for checked, bare in zip(with_checks, without, strict=True)]
+        low, middle, high = statistics.quantiles(cost, n=4, method="inclusive")
         if here.is_main:
             where = f"{here.size} x {here.device.type}, {precision.name}, {config.DATA.BATCH_SIZE} images a rank"
             print(f"{config.MODEL.NAME} on {where}, medians of {arguments.rounds}:")
             print(f"  update with checks     {1e3 * statistics.median(with_checks):9.2f} ms")
             print(f"  update without         {1e3 * statistics.median(without):9.2f} ms")
-            print(f"  the checks cost        {100 * (ratio - 1):9.2f} %")
+            print(f"  the checks cost        {middle:9.2f} %, between {low:.2f} and {high:.2f} in half of the pairs")
             print_pauses(training, config)
 
 
