@@ -1,6 +1,10 @@
 """A report's folder appears whole or not at all, and nothing but an earlier report is ever replaced."""
 
+import signal
+from pathlib import Path
+
 import pytest
+from helpers_unit import handle
 
 from utils.errors import UserError
 from utils.reporting.folder import GENERATOR, PAGE, check_report_folder, replacing
@@ -42,6 +46,42 @@ def test_where_writing_fails_the_earlier_report_stays_and_nothing_else(tmp_path,
         raise error
     assert "No space left" in str(told.value) or not isinstance(error, OSError)
     assert (folder / "score.json").read_text() == "earlier"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_where_a_signal_ends_the_program_the_earlier_report_stays_and_nothing_else(tmp_path, request, number):
+    handle(request, {number: signal.SIG_DFL})
+    folder = write_earlier(tmp_path / "report")
+    with pytest.raises(SystemExit) as end, replacing(folder) as new:
+        (new / PAGE).write_text("half")
+        signal.raise_signal(number)
+    assert end.value.code == 128 + number
+    assert (folder / "score.json").read_text() == "earlier"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moved", ["the earlier report", "the new one"])
+def test_a_signal_amid_the_exchange_leaves_one_whole_report(tmp_path, request, monkeypatch, moved, moment):
+    handle(request, {signal.SIGTERM: signal.SIG_DFL})
+    folder = write_earlier(tmp_path / "report")
+    rename = Path.rename
+
+    def interrupted(path, target):
+        ends = (path == folder) == (moved == "the earlier report")
+        if ends and moment == "before":
+            signal.raise_signal(signal.SIGTERM)
+        result = rename(path, target)
+        if ends and moment == "after":
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(SystemExit), replacing(folder) as new:
+        (new / PAGE).write_text("now")
+    is_new = (moved, moment) == ("the new one", "after")
+    assert [path.name for path in sorted(folder.iterdir())] == ([PAGE] if is_new else [PAGE, "score.json"])
     assert list(tmp_path.iterdir()) == [folder]
 
 

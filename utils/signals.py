@@ -1,14 +1,18 @@
-"""Signals that ask a run to stop: remembered when they come, acted on between two updates."""
+"""Signals that end a program: training remembers them and acts between two updates, others clean up and go."""
 
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 # What terminals, queues and launchers send. SLURM's --signal is set to SIGUSR1 by custom.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # of programs that do not train
 _MOST_ASKED = 50  # times, a tenth of a second each
 
 
@@ -66,3 +70,28 @@ class StopSignals(AbstractContextManager["StopSignals"]):
         if self._launcher and os.getppid() != self._launcher:
             self._remember(signal.SIGTERM, None)
         return self._number
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """Lets a signal that ends the program raise SystemExit, on which what is half written can be removed."""
+    before = {number: signal.getsignal(number) for number in _ENDINGS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    ignore_endings()
+    sys.exit(128 + number)  # libraries swallow other exceptions
+
+
+def ignore_endings() -> None:
+    """Lets the cleaning up come to its end."""
+    for number in _ENDINGS:
+        signal.signal(number, signal.SIG_IGN)

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tools.appearing import ending_in_order
 from utils.checkpoint import write_beside
 from utils.errors import UserError, reason
+from utils.signals import ending_in_order
 
 
 @contextmanager

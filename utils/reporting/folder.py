@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.errors import UserError, listing, reason
+from utils.signals import ending_in_order
 
 PAGE = "index.html"
 SCORE = "score.json"
@@ -49,21 +50,22 @@ def replacing(folder: Path) -> Iterator[Path]:
     """Gives a folder beside a report's to write to, which takes its place in the end, or goes where anything fails.
 
     Raises:
-        UserError: If it cannot be written; an earlier report is still there then.
+        UserError: If it cannot be written. After this, any other error within, or a signal that ends the program, an
+            earlier report is still there and nothing else.
     """
     folder = folder.resolve()
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as beside:
+        with ending_in_order(), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
             new, earlier = Path(beside) / "new", Path(beside) / "earlier"
             new.mkdir()
             yield new
             check_report_folder(folder)  # again: scoring took its time
-            if folder.exists():
-                folder.rename(earlier)
             try:
+                if folder.exists():
+                    folder.rename(earlier)
                 new.rename(folder)
-            except OSError:
-                if earlier.exists():
+            except BaseException:  # the end of the program, too
+                if earlier.exists() and not folder.exists():
                     earlier.rename(folder)
                 raise
     except OSError as error:
