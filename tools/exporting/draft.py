@@ -1,13 +1,12 @@
 """A place to write and check in; only what is whole is moved to where it was asked for."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.beside import folder_beside
 from utils.checkpoint import write_beside
 from utils.errors import UserError, reason
-from utils.signals import ending_in_order
 
 
 @contextmanager
@@ -22,8 +21,8 @@ def draft_of(output: Path) -> Iterator[Path]:
             is left.
     """
     try:
-        with ending_in_order(), tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
-            draft = Path(folder) / output.name
+        with folder_beside(output) as folder:
+            draft = folder / output.name
             yield draft
             if draft.is_dir():
                 draft.rename(output)

@@ -1,13 +1,12 @@
 """The folder of a scoring report: what it may replace, and how it appears whole."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.beside import folder_beside
 from utils.errors import UserError, listing, reason
-from utils.signals import ending_in_order
 
 PAGE = "index.html"
 SCORE = "score.json"
@@ -55,8 +54,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     """
     folder = folder.resolve()
     try:
-        with ending_in_order(), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-            new, earlier = Path(beside) / "new", Path(beside) / "earlier"
+        with folder_beside(folder) as beside:
+            new, earlier = beside / "new", beside / "earlier"
             new.mkdir()
             yield new
             check_report_folder(folder)  # again: scoring took its time
