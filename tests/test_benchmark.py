@@ -356,6 +356,7 @@ class TestProgram:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert "use --device cpu" in call("tools/benchmark.py", "--device", "cuda").errors[0]
 
+    @pytest.mark.slow
     def test_a_run_prints_its_tables_and_writes_all_that_is_asked_for(self, call, tmp_path):
         files = {name: tmp_path / f"speed.{name}" for name in ("json", "png", "markdown")}
         ended = self.start(call, tmp_path, "cpu", "fp32", *(w for n, path in files.items() for w in (f"--{n}", path)))

@@ -192,6 +192,7 @@ def test_files_that_cannot_be_written_are_refused_before_anything_is_read(call, 
     assert {path.name for path in tmp_path.iterdir()} == {"net"}
 
 
+@pytest.mark.slow
 def test_runs_that_train_py_made_can_be_compared(call, trained, runs):
     result = call(PROGRAM, trained.folder, runs[0])
     assert result.code == 0, result.stderr

@@ -162,6 +162,7 @@ def test_parameters_learn_in_float32_under_autocast_as_in_plain_convolutions(mon
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-2 * expected[name].abs().max().item())
 
 
+@pytest.mark.slow
 def test_the_compiled_network_is_one_graph_with_the_same_gradients():
     network = small_network()
     twin = copy.deepcopy(network)

@@ -222,6 +222,7 @@ def of_two_ranks(path):
         return repr(sums.total()), len(sums.results)
 
 
+@pytest.mark.slow
 def test_two_ranks_get_the_score_of_one(many):
     coco = read_coco(many)
     alone = summed(coco, guesses(coco, 1), range(24))

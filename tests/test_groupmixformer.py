@@ -90,6 +90,7 @@ class TestPublishedAnswers:
 
 
 class TestCounts:
+    @pytest.mark.slow
     @pytest.mark.parametrize("variant", PARAMETERS)
     def test_parameters_and_flops_are_exact(self, variant):
         model = timm.create_model(f"groupmixformer_{variant}")
@@ -401,6 +402,7 @@ class TestAttentionContext:
 
 
 class TestActivationCheckpointing:
+    @pytest.mark.slow
     @pytest.mark.parametrize("recompute", RECOMPUTE)
     @pytest.mark.parametrize(
         ("compiled", "settings"),

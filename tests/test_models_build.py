@@ -241,6 +241,7 @@ class TestLoadPretrained:
         assert loss.item() == pytest.approx(math.log(9), abs=0.3)
 
 
+@pytest.mark.slow
 class TestCompiledBlocks:
     @pytest.fixture
     def compiled(self, monkeypatch):

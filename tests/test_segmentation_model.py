@@ -63,6 +63,7 @@ def test_the_library_takes_the_registered_backbone_by_its_name():
         assert network(noise(64, 32)).shape == (1, 2, 64, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["miny", "tiny", "small", "base", "large"])
 def test_the_variants_files_hold_the_registered_networks(variant):
     config = load_config(ROOT / f"configs/segmentation/upernet_{variant}.yaml", default_config)

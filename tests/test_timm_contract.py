@@ -370,6 +370,7 @@ class TestTools:
         final, (early,) = model.forward_intermediates(x, [1])
         torch.testing.assert_close(found, {"early": early, "late": final, "logits": model(x)})
 
+    @pytest.mark.slow
     def test_export_with_any_batch_size(self):
         model = small_model().eval()
         program = torch.export.export(model, (images(2, 64, 48),), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -377,6 +378,7 @@ class TestTools:
             x = images(batch, 64, 48)
             torch.testing.assert_close(program.module()(x), model(x))
 
+    @pytest.mark.slow
     def test_compilation_is_one_graph(self):
         model = small_model(embed_dims=(40, 80), depths=(1, 1), mlp_ratios=(1, 1)).double().eval()
         x = images(2, 64, 48).double()

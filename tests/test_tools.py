@@ -62,6 +62,7 @@ def test_flops_prints_every_size_beside_the_papers_figures_without_a_configurati
     assert out.splitlines()[-1].endswith("| 70.3M | 36.1G |")
 
 
+@pytest.mark.slow
 def test_flops_of_a_configuration_are_fvcores_with_and_without_what_it_leaves_out(start, tmp_path):
     code, out, _ = start(
         "tools/flops.py", "--cfg", REPOSITORY / "configs/groupmixformer_miny.yaml", "--json", tmp_path / "f.json"
@@ -79,6 +80,7 @@ def test_flops_of_a_configuration_are_fvcores_with_and_without_what_it_leaves_ou
     assert sum(counts["modules"][name][1] for name in ("stem", "stages", "norm", "head")) == counts["flops"]
 
 
+@pytest.mark.slow
 def test_flops_table_goes_down_to_the_depth_asked_for(start):
     arguments = ("tools/flops.py", "--cfg", REPOSITORY / "configs/groupmixformer_miny.yaml", "--img-size", 32)
     _, shallow, _ = start(*arguments, "--depth", 1)

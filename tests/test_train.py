@@ -329,6 +329,7 @@ def test_gradient_checkpointing_computes_each_block_a_second_time(one_epoch, mon
     assert calls.count(True) == 2 * 4 * 2  # two steps through four blocks, forward and again in the backward pass
 
 
+@pytest.mark.slow
 def test_compiling_changes_nothing(train, tmp_path, monkeypatch):
     # Compiled by tracing alone: the same graph without the minutes that generating and building C++ takes.
     compiled = []
@@ -381,6 +382,7 @@ def check_same_run(run, other, differences):
         assert not differences(one["model"], two["model"]), name
 
 
+@pytest.mark.slow
 def test_stopped_run_goes_on_as_if_it_had_not_been(whole, train_long, tmp_path, differences):
     folder = whole.stopped_after(1, tmp_path)
     run = train_long(tmp_path)
@@ -420,6 +422,7 @@ def test_killed_run_goes_on_as_if_it_had_not_been(
     check_same_run(train_long(tmp_path), whole, differences)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["last.pth", "best.pth"])
 def test_kill_amid_the_files_of_the_best_epoch_is_mended(whole, train_long, tmp_path, monkeypatch, differences, victim):
     class KilledError(BaseException):
