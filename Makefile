@@ -8,7 +8,7 @@ SEGMENTATION := output/scenes_segmentation/seed$(SEED)
 DETECTION := output/scenes_detection/seed$(SEED)
 TRAIN = --cfg configs/digits.yaml --data-path $(DIGITS) --output output --tag seed$(SEED)
 
-.PHONY: demo demo-segmentation demo-detection test test-fast test-gpu lint clean
+.PHONY: demo demo-segmentation demo-detection test test-fast test-lowest test-gpu lint clean
 
 # Train on scikit-learn's handwritten digits and score what was trained. SEED=1 chooses another seed.
 demo: .venv/.installed
@@ -55,6 +55,11 @@ test: .venv/.installed lint
 test-fast: .venv/.installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu and not slow"
 
+# The suite with the lowest versions that the requirements allow, on a Python that has all of them, 3.10 or 3.11. Export,
+# which asks for a newer torch than the rest, is left out.
+test-lowest: .venv-lowest/.installed
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n 2 -m "not gpu" --ignore tests/test_export.py
+
 # What needs a CUDA device, on a machine that has one.
 test-gpu: .venv/.installed
 	$(BIN)/python -m pytest -q -m gpu
@@ -66,6 +71,12 @@ lint: .venv/.installed
 .venv/.installed: requirements.txt requirements-downstream.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade -r requirements.txt -r requirements-downstream.txt -r requirements-dev.txt
+	touch $@
+
+.venv-lowest/.installed: requirements.txt requirements-downstream.txt requirements-dev.txt
+	$(PYTHON) -m venv --clear .venv-lowest
+	awk -F '>=|[, ]' '/>=/ && !seen[$$1]++ {print $$1 "==" $$2}' $^ > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet -r .venv-lowest/lowest.txt
 	touch $@
 
 clean:

@@ -148,9 +148,11 @@ def compile_blocks(model: GroupMixFormer) -> None:
     blocks. Drop paths are not alike, as their rates differ: of blocks that have one, the three parts that it stands
     between are compiled, and norms and residuals run as they are.
     """
-    torch._dynamo.config.optimize_ddp = False  # for networks compiled whole: it cuts graphs where DDP's buckets end
+    dynamo = torch._dynamo.config
+    dynamo.optimize_ddp = False  # for networks compiled whole: it cuts graphs where DDP's buckets end
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_CODES)
     for stage in model.stages:
         for block in stage.blocks:
             alike = isinstance(block.drop_path1, nn.Identity)
             for part in [block] if alike else [block.cpe, block.attn, block.mlp]:
-                part.compile(dynamic=False, recompile_limit=_MOST_CODES)
+                part.compile(dynamic=False)

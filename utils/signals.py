@@ -68,7 +68,7 @@ class StopSignals(AbstractContextManager["StopSignals"]):
     def asked(self) -> int:
         """The signal that asked this process to stop, or 0. A launcher that has gone asks as SIGTERM does."""
         if self._launcher and os.getppid() != self._launcher:
-            self._remember(signal.SIGTERM, None)
+            self._remember(signal.SIGTERM.value, None)
         return self._number
 
 
