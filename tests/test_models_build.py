@@ -280,6 +280,13 @@ class TestCompiledBlocks:
         self.step(model)
         assert len(compiled) == 1 + 3 * 4  # the first block's rate is 0; of the others three parts in each stage
 
+    def test_batches_of_any_size_are_compiled_beyond_what_torch_stops_at(self, compiled):
+        model = self.model()
+        compile_blocks(model)
+        for size in (1, 2, 3):
+            model(torch.randn(size, 3, 64, 64).double())
+        assert len(compiled) == 3 * 4  # where torch compiles a function 8 times only
+
     @pytest.fixture
     def ranks(self):
         """A process group of this process alone."""
