@@ -110,15 +110,15 @@ class HalfWritten:
         self.file.flush()
 
 
-def name_being_written():
-    """The name of the file that this process has open beside its place."""
+def checkpoint_being_written():
+    """The name of the checkpoint that this process has open beside its place; texts may be open there, too."""
     links = []
     for descriptor in Path("/proc/self/fd").iterdir():
         try:
             links.append(descriptor.readlink())
         except FileNotFoundError:
             continue
-    (path,) = [path for path in links if path.suffix == ".tmp"]
+    (path,) = [path for path in links if path.suffixes[-2:] == [".pth", ".tmp"]]
     return path.stem
 
 
@@ -154,7 +154,7 @@ def patch(faults):
         return output
 
     utils.seeding.number_for = telling_number_for
-    torch.save = lambda state, file: save(state, HalfWritten(file, faults, name_being_written()))
+    torch.save = lambda state, file: save(state, HalfWritten(file, faults, checkpoint_being_written()))
     Path.replace, Path.unlink = telling_replace, telling_unlink
     register_module_forward_pre_hook(before_forward)
     register_module_forward_hook(after_forward)

@@ -358,8 +358,10 @@ def test_run_that_left_an_update_out_is_exact_when_killed(make_life, check_same_
     for moment in ("step 9.0", "updated 13"):
         life.kill(moment, 0, fault)
     life.start(fault)
-    assert whole.end().checkpoint()["progress"]["left_out"] == 1
-    check_same_end(life.end(), whole.end())
+    ended = whole.end()
+    assert ended.result.code == 0, ended.result.stderr
+    assert ended.checkpoint()["progress"]["left_out"] == 1
+    check_same_end(life.end(), ended)
 
 
 def test_overflows_of_fp16_are_counted_and_too_many_in_a_row_end_the_run(make_life):
