@@ -1,5 +1,6 @@
 """The shared command line: what it overrides, what it refuses, and how a program ends."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -187,6 +188,31 @@ def test_a_program_that_succeeds_just_returns(capsys):
     run(lambda: seen.append(1))
     assert seen == [1]
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def pythons_newer_way():
+    """How Python 3.14 starts processes."""
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(usual, force=True)
+
+
+def test_a_programs_loaders_are_its_own_children_on_any_python(pythons_newer_way):
+    seen = []
+    run(lambda: seen.extend(DataLoader(Parents(), batch_size=None, num_workers=1)))
+    assert seen == [os.getpid()]
+
+
+class Parents(Dataset):
+    """One sample: the parent of the process that reads it."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return os.getppid()
 
 
 @pytest.mark.parametrize("environment", [{}, {"LOCAL_RANK": "0"}])

@@ -6,6 +6,8 @@ import math
 import os
 import signal
 import time
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -207,8 +209,19 @@ def meet():
         broadcast_buffers(norm)
         seen["buffers"] = norm.running_mean.tolist()
         seen |= train_shares(here)
+        seen["pauses"] = [pauses_before_a_fork()]
+    seen["pauses"].append(pauses_before_a_fork())
     seen["left"] = not torch.distributed.is_initialized()
     return seen
+
+
+def pauses_before_a_fork():
+    with mock.patch("time.sleep", wraps=time.sleep) as sleep:
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+    os.waitpid(child, 0)
+    return sleep.call_count
 
 
 def fail_together(here, failing):
@@ -331,6 +344,11 @@ def test_two_processes_know_each_other_and_part(pair):
 
 
 @pytest.mark.slow
+def test_a_process_of_several_pauses_before_it_forks(pair):
+    assert [seen["pauses"] for seen in pair] == [[1, 0], [1, 0]]
+
+
+@pytest.mark.slow
 def test_sums_reach_all_ranks(pair):
     assert [seen["sum"] for seen in pair] == [[3, 20], [3, 20]]
 
@@ -435,8 +453,9 @@ def test_where_no_rounds_are_known_an_evaluation_ends_after_the_last_batch(pair,
 # A rank that is lost
 
 
-def lose(how, lost, timeout, where):
+def lose(how, lost, timeout, where, folder):
     """Loses a rank; gives what the other one says at its next exchange, and after how many seconds."""
+    wait_for_both(Path(folder))
     try:
         with world("cpu", float(timeout)) as here:
             gather(torch.zeros(1))
@@ -447,6 +466,13 @@ def lose(how, lost, timeout, where):
             exchange_in(where, training)
     except LostRankError as error:
         return [str(error), time.monotonic() - since]
+
+
+def wait_for_both(folder):
+    """Lets both processes come to be, which on a busy machine may take one of them longer than a short timeout."""
+    (folder / os.environ["RANK"]).touch()
+    while len(list(folder.iterdir())) < 2:
+        time.sleep(0.02)
 
 
 def exchange_in(where, training):
@@ -463,8 +489,8 @@ def exchange_in(where, training):
     ("how", "lost", "timeout", "where"),
     [("dies", 0, 60, "training"), ("dies", 1, 60, "evaluation"), ("hangs", 0, 5, "training"), ("hangs", 1, 5, "words")],
 )
-def test_the_other_rank_ends_in_one_line_when_one(how, lost, timeout, where):
-    processes = start_ranks("test_dist", "lose", how, lost, timeout, where)
+def test_the_other_rank_ends_in_one_line_when_one(how, lost, timeout, where, tmp_path):
+    processes = start_ranks("test_dist", "lose", how, lost, timeout, where, tmp_path)
     try:
         said, seconds = said_by(processes[1 - lost])
     finally:

@@ -1,6 +1,7 @@
 """The command line that train.py and test.py share, and how a program ends on bad input."""
 
 import argparse
+import multiprocessing
 import os
 import select
 import signal
@@ -171,6 +172,8 @@ def run(main: Callable[[], None]) -> None:
     Every rank meets the same error, so only the first of each machine speaks; a lost rank, and data that a loader's
     process cannot read, not every rank may meet.
     """
+    if sys.platform == "linux":
+        multiprocessing.set_start_method("fork", force=True)  # Python 3.14's way lets loaders outlive a killed program
     try:
         main()
         sys.stdout.flush()

@@ -17,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from utils.errors import LostRankError, UserError, listing, reason
 
 _POLL_S = 0.02
+_FORK_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def world(device: str = "auto", timeout_s: float = 600) -> Iterator[World]:
             torch_dist.init_process_group("nccl", device_id=chosen, **settings)
         else:
             torch_dist.init_process_group("gloo", **settings)
+            os.register_at_fork(before=_pause_before_fork)
         yield World(rank, size, chosen, local_size)
     except RuntimeError as error:
         if not _lost_rank(error):
@@ -101,6 +103,15 @@ def world(device: str = "auto", timeout_s: float = 600) -> Iterator[World]:
             "see what that rank said, then start the same command again"
         ) from None
     torch_dist.destroy_process_group()  # not after an error, when it could wait for ranks that are gone
+
+
+def _pause_before_fork() -> None:
+    """Lets gloo's threads leave Python, as they do right after a message.
+
+    Before Python 3.12 a process hangs at its start if it is forked while such a thread makes its thread state.
+    """
+    if torch_dist.is_initialized():
+        time.sleep(_FORK_PAUSE_S)
 
 
 def _fresh_store(rank: int, size: int, timeout: datetime.timedelta) -> torch_dist.Store:
