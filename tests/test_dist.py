@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -345,7 +346,8 @@ def test_two_processes_know_each_other_and_part(pair):
 
 @pytest.mark.slow
 def test_a_process_of_several_pauses_before_it_forks(pair):
-    assert [seen["pauses"] for seen in pair] == [[1, 0], [1, 0]]
+    pauses = int(sys.version_info < (3, 12))  # newer ones need none
+    assert [seen["pauses"] for seen in pair] == [[pauses, 0]] * 2
 
 
 @pytest.mark.slow

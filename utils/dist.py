@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -92,7 +93,8 @@ def world(device: str = "auto", timeout_s: float = 600) -> Iterator[World]:
             torch_dist.init_process_group("nccl", device_id=chosen, **settings)
         else:
             torch_dist.init_process_group("gloo", **settings)
-            os.register_at_fork(before=_pause_before_fork)
+            if sys.version_info < (3, 12):
+                os.register_at_fork(before=_pause_before_fork)
         yield World(rank, size, chosen, local_size)
     except RuntimeError as error:
         if not _lost_rank(error):
@@ -108,7 +110,7 @@ def world(device: str = "auto", timeout_s: float = 600) -> Iterator[World]:
 def _pause_before_fork() -> None:
     """Lets gloo's threads leave Python, as they do right after a message.
 
-    Before Python 3.12 a process hangs at its start if it is forked while such a thread makes its thread state.
+    Before Python 3.12 a process that is forked while such a thread makes its thread state hangs at its start.
     """
     if torch_dist.is_initialized():
         time.sleep(_FORK_PAUSE_S)
