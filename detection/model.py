@@ -27,6 +27,14 @@ _BODY = "detector.backbone.body."
 _OCTAVE = (1, 2 ** (1 / 3), 2 ** (2 / 3))  # RetinaNet has anchors of three sizes on a level
 
 
+class Anchors(AnchorGenerator):
+    """torchvision's anchors, in float32 where feature maps are bf16, which has no numbers between 1024 and 1032."""
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Puts the anchors of one cell on a device, in a type of at least 32 bits."""
+        super().set_cell_anchors(torch.promote_types(dtype, torch.float32), device)
+
+
 class Pyramid(nn.Module):
     """The backbone and a feature pyramid on its last stages: [B, C, H, W] -> maps [B, channels, H/s, W/s] by name.
 
@@ -115,8 +123,8 @@ def _heads(detector: nn.Module) -> list[nn.Module]:
 
 
 def in_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """A forward hook that gives out nested tensors as float32: torchvision computes boxes in the type that heads answer
-    in, and bf16 has no numbers between 1024 and 1032."""
+    """A forward hook that gives out nested tensors as float32, as torchvision computes boxes in the type that heads
+    answer in."""
     if isinstance(outputs, dict):
         return {name: in_float32(module, inputs, value) for name, value in outputs.items()}
     if isinstance(outputs, (list, tuple)):
@@ -142,7 +150,7 @@ def build_detector(config: CfgNode, num_classes: int) -> Detector:
             "levels: give one for each"
         )
     octave = _OCTAVE if is_retinanet else (1,)
-    anchors = AnchorGenerator(
+    anchors = Anchors(
         tuple(tuple(int(size * step) for step in octave) for size in settings.ANCHOR_SIZES),
         (tuple(settings.ANCHOR_RATIOS),) * levels,
     )

@@ -221,6 +221,18 @@ def test_boxes_are_computed_in_float32_under_autocast():
     assert len(large) > 10 and (large != large.bfloat16().float()).any()
 
 
+@pytest.mark.parametrize("name", DETECTORS)
+def test_anchors_are_the_same_under_autocast(name):
+    network = build("MODEL.DETECTOR.NAME", name, "DATA.SHORT_SIDES", "[64]", "DATA.LONG_SIDE", 1333).eval()
+    detector, answers = network.detector, []
+    generator = detector.anchor_generator if name == "retinanet" else detector.rpn.anchor_generator
+    generator.register_forward_hook(lambda module, inputs, anchors: answers.append(anchors))
+    for enabled in (False, True):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            network(Batch([torch.rand(3, 64, 1300)], []))
+    torch.testing.assert_close(answers[1], answers[0], rtol=0, atol=0)
+
+
 # What it starts from
 
 
