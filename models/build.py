@@ -146,13 +146,15 @@ def compile_blocks(model: GroupMixFormer) -> None:
 
     Blocks of a stage are alike and share what is compiled, so that a network of any depth takes the time of four
     blocks. Drop paths are not alike, as their rates differ: of blocks that have one, the three parts that it stands
-    between are compiled, and norms and residuals run as they are.
+    between are compiled, and norms and residuals run as they are. So are those of blocks with SyncBatchNorm, which
+    cannot be traced: what is compiled ends before it, and would do so inside activation checkpointing, too.
     """
     dynamo = torch._dynamo.config
     dynamo.optimize_ddp = False  # for networks compiled whole: it cuts graphs where DDP's buckets end
     dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_CODES)
     for stage in model.stages:
         for block in stage.blocks:
-            alike = isinstance(block.drop_path1, nn.Identity)
-            for part in [block] if alike else [block.cpe, block.attn, block.mlp]:
+            has_drop_path = not isinstance(block.drop_path1, nn.Identity)
+            is_synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in block.modules())
+            for part in [block.cpe, block.attn, block.mlp] if has_drop_path or is_synchronised else [block]:
                 part.compile(dynamic=False)

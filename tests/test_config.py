@@ -768,6 +768,14 @@ def test_apexs_name_and_ours_for_the_precision_exclude_each_other():
         check(configured(AMP_OPT_LEVEL="O1", PRECISION="bf16"))
 
 
+def test_compiled_code_is_refused_where_some_of_what_it_computes_is_kept():
+    cheap = {"TRAIN__COMPILE": True, "TRAIN__USE_CHECKPOINT": True, "TRAIN__RECOMPUTE": "cheap"}
+    with pytest.raises(UserError, match=r"RECOMPUTE cheap does not fit TRAIN\.COMPILE"):
+        check(configured(**cheap))
+    for name, value in {"TRAIN__COMPILE": False, "TRAIN__USE_CHECKPOINT": False, "TRAIN__RECOMPUTE": "all"}.items():
+        check(configured(**{**cheap, name: value}))
+
+
 @pytest.mark.parametrize(
     ("mixup", "cutmix", "minmax", "mixed"),
     [(0.0, 0.0, None, False), (0.8, 0.0, None, True), (0.0, 1.0, None, True), (0.0, 0.0, [0.2, 0.8], True)],

@@ -442,6 +442,11 @@ def _check_training(config: CfgNode) -> None:
         raise UserError(
             f"AMP_OPT_LEVEL {config.AMP_OPT_LEVEL} and PRECISION {config.PRECISION} both say how to compute: give one"
         )
+    if train.get("COMPILE") and train.USE_CHECKPOINT and train.RECOMPUTE == "cheap":
+        raise UserError(
+            "TRAIN.RECOMPUTE cheap does not fit TRAIN.COMPILE, whose code writes over what would be kept: use "
+            "TRAIN.RECOMPUTE all, or leave one of them off"
+        )
 
 
 def _check_augmentation(config: CfgNode) -> None:
