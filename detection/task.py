@@ -25,6 +25,7 @@ def detection(config: CfgNode) -> Task:
         build_loss=_build_loss,
         build_finish=_build_finish,
         build_sums=_build_sums,
+        one_size=False,
     )
 
 

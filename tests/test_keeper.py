@@ -5,7 +5,7 @@ import math
 import re
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -30,7 +30,7 @@ from utils.logger import read_metrics
 from utils.metrics import Score
 from utils.progress import Progress
 from utils.resume import Found, state_of
-from utils.trainer import open_run, run_epochs
+from utils.trainer import evaluate_epoch, open_run, run_epochs
 
 PLACES = 6
 SCORES = {"model": Score(8, 2, 8, 1.5), "ema": Score(8, 4, 8, 1.0)}
@@ -318,6 +318,23 @@ def test_a_signal_during_the_evaluation_keeps_the_whole_epoch(tmp_path, saved):
     with pytest.raises(Stopped):
         run_epochs(config_with(), classification(), training, FakeData(), EVAL_DATA, keeper)
     assert saved == [(0, PLACES)]
+
+
+# Scores
+
+
+def test_kernels_are_not_measured_for_the_sizes_of_validation_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    training, measured = training_of(), []
+
+    def finish(images):
+        measured.append(torch.backends.cudnn.benchmark)
+        return images
+
+    keeper = keeper_of(tmp_path, training)
+    evaluate_epoch(config_with(), classification(), training, replace(EVAL_DATA, finish=finish), keeper)
+    assert measured and not any(measured)
+    assert torch.backends.cudnn.benchmark
 
 
 # A loss that is no number

@@ -23,8 +23,10 @@ from utils.optim import (
     build_loss,
     build_optimizer,
     build_scheduler,
+    choose_kernels,
     choose_precision,
     learning_rate_scale,
+    unmeasured_kernels,
 )
 
 CUDA = torch.device("cuda")
@@ -360,6 +362,21 @@ def test_the_precision_follows_the_device_by_itself(monkeypatch, has_bf16, name)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
     assert choose_precision(configured(), CPU, pytest.fail) == Precision("fp32", "cpu")
     assert choose_precision(configured(), CUDA, pytest.fail) == Precision(name, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "one_size", "measures"),
+    [(False, True, True), (False, False, False), (True, True, False)],
+)
+def test_kernels_are_measured_for_images_of_one_size_and_never_to_score(monkeypatch, deterministic, one_size, measures):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    choose_kernels(deterministic, one_size)
+    assert torch.backends.cudnn.benchmark is measures
+    with unmeasured_kernels():
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark is measures
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 import inspect
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -153,12 +153,28 @@ def memory_format(config: CfgNode) -> torch.memory_format:
     return torch.channels_last if config.CHANNELS_LAST else torch.contiguous_format
 
 
-def choose_kernels(deterministic: bool) -> None:
-    """Lets a GPU's libraries choose their kernels by speed, or only such as give the same bits on every run."""
-    torch.backends.cudnn.benchmark = not deterministic
+def choose_kernels(deterministic: bool, one_size: bool = True) -> None:
+    """Says how a GPU's libraries choose their kernels.
+
+    Args:
+        deterministic: Only among such as give the same bits on every run.
+        one_size: By measuring them, where images of one size make that pay.
+    """
+    torch.backends.cudnn.benchmark = one_size and not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first call
         torch.use_deterministic_algorithms(True)
+
+
+@contextmanager
+def unmeasured_kernels() -> Iterator[None]:
+    """Within it a GPU's kernels are chosen without measuring them, so that a score is what test.py makes it."""
+    measures = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = measures
 
 
 @dataclass(frozen=True)

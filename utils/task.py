@@ -38,6 +38,7 @@ class Task:
             None.
         build_predictor: (configuration, network) -> what answers for the network in evaluation.
         compile: Has torch.compile take the network, in place; None where there is no TRAIN.COMPILE to ask for it.
+        one_size: Whether all images to train on are of one size.
     """
 
     measures: Mapping[str, str]
@@ -52,3 +53,4 @@ class Task:
     )
     build_predictor: Callable[[CfgNode, nn.Module], nn.Module] = _itself
     compile: Callable[[nn.Module], None] | None = None
+    one_size: bool = True

@@ -29,6 +29,7 @@ from utils.optim import (
     build_scheduler,
     choose_kernels,
     memory_format,
+    unmeasured_kernels,
 )
 from utils.progress import Progress
 from utils.report import describe_best, log_plan
@@ -90,7 +91,7 @@ def build_training(
     """Puts the network on its device and builds what trains it; every rank must call."""
     on_gpus = here.device.type == "cuda"
     if on_gpus:
-        choose_kernels(config.DETERMINISTIC)
+        choose_kernels(config.DETERMINISTIC, task.one_size)
     if on_gpus and here.size > 1 and config.TRAIN.SYNC_BN:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network.to(here.device, memory_format=memory_format(config))
@@ -213,7 +214,8 @@ def evaluate_epoch(
     scores = {}
     for name, network in networks.items():
         broadcast_buffers(network)
-        with torch.compiler.set_stance("force_eager"):  # as test.py scores; compiling for it would not pay
+        # As test.py scores; neither compiling nor measuring pays for it.
+        with torch.compiler.set_stance("force_eager"), unmeasured_kernels():
             scores[name] = evaluate(
                 task.build_predictor(config, network),
                 data.loader,
