@@ -83,7 +83,7 @@ def test_alone_nothing_is_exchanged():
     broadcast_buffers(norm)
     assert norm.running_var.tolist() == [1, 1]
     assert gather(torch.tensor([1.0, math.nan])).isnan().tolist() == [[False, True]]
-    assert [any_rank(flag, torch.device("cpu")) for flag in (False, True)] == [False, True]
+    assert [any_rank(flag, torch.device("meta")) for flag in (False, True)] == [False, True]  # with no device's help
     assert gather_objects({"a": 1}) == [{"a": 1}]
 
 
@@ -154,6 +154,14 @@ def test_the_cpu_is_taken_when_asked_for_or_alone_there(monkeypatch, name, gpus,
 def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch, name):
     pretend_gpus(monkeypatch, 2)
     assert [choose_device(name, rank, 2) for rank in range(2)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
+def test_a_gpu_computes_float32_in_full(monkeypatch):
+    pretend_gpus(monkeypatch, 1)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    choose_device("auto", 0, 1)
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_a_gpu_that_is_not_there_is_an_error(monkeypatch):

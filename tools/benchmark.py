@@ -41,6 +41,7 @@ from tools.benchmarking.report import as_json, markdown  # noqa: E402
 from tools.benchmarking.subjects import plan  # noqa: E402
 from utils.checkpoint import write_text  # noqa: E402
 from utils.cli import Parser, check_report, run  # noqa: E402
+from utils.dist import choose_device  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.optim import choose_kernels  # noqa: E402
 
@@ -96,21 +97,6 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", type=Path, metavar="DIR", help="write each one's top operators and a trace there")
 
 
-def choose_device(name: str, precisions: list[str]) -> torch.device:
-    """The device of a name that can compute in these precisions.
-
-    Raises:
-        UserError: If it is not there, or cannot.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu" and "fp16" in precisions:
-        raise UserError("--precision fp16: is for GPUs, and the device is a CPU; use bf16")
-    return torch.device(name)
-
-
 def main() -> None:
     """Parses, measures, reports."""
     arguments = parse()
@@ -130,7 +116,9 @@ def benchmark_loader(arguments: argparse.Namespace) -> None:
 
 def benchmark_networks(arguments: argparse.Namespace) -> None:
     """Measures networks, saying on standard error what is done, and reports."""
-    device = choose_device(arguments.device, arguments.precision)
+    device = choose_device(arguments.device, local_rank=0, local_size=1)
+    if device.type == "cpu" and "fp16" in arguments.precision:
+        raise UserError("--precision fp16: is for GPUs, and the device is a CPU; use bf16")
     choose_kernels(deterministic=False)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -44,7 +44,7 @@ class World:
 
 
 def choose_device(name: str, local_rank: int, local_size: int) -> torch.device:
-    """The device of a process.
+    """The device of a process; a GPU computes fp32 in full from then on, in convolutions too, which else were TF32.
 
     Args:
         name: 'auto' (a GPU where there is one), 'cpu' or 'cuda'.
@@ -63,6 +63,7 @@ def choose_device(name: str, local_rank: int, local_size: int) -> torch.device:
             f"{local_size} processes on a machine with {torch.cuda.device_count()} GPU(s): "
             "start at most one a GPU (--nproc_per_node), or use --device cpu"
         )
+    torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda", local_rank)
 
 
@@ -174,6 +175,8 @@ def gather(values: Tensor) -> Tensor:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on some rank."""
+    if not torch_dist.is_initialized():
+        return flag
     return bool(gather(torch.tensor([float(flag)], device=device)).any())
 
 

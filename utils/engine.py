@@ -217,8 +217,8 @@ class _Votes:
 
 def _vote(run: Training, loss: Tensor, norm: Tensor, complaints: int, signal: int, failed: bool) -> _Votes:
     """Exchanges in one small message what every rank must know, and waits for this update's numbers once."""
-    own = torch.tensor([complaints, signal, failed], dtype=torch.float64, device=loss.device)
-    table = gather(torch.cat([loss[None], own]))
+    own = [loss.new_full((), number) for number in (complaints, signal, failed)]  # a copy to a GPU would wait for it
+    table = gather(torch.stack([loss, *own]))
     *rows, grad_norm = torch.cat([table.flatten(), norm.detach().double()[None]]).tolist()
     losses, complaints_of, signals, failures = (rows[column::4] for column in range(4))
     return _Votes(losses, grad_norm, int(sum(complaints_of)), int(max(signals)), any(failures))
