@@ -12,7 +12,16 @@ from utils import checkpoint
 from utils.dist import World
 from utils.errors import UserError
 from utils.progress import Progress
-from utils.resume import Found, find_state, fit_to_ranks, restore, state_of, steps_of_epoch, without_permissions
+from utils.resume import (
+    Found,
+    check_classes,
+    find_state,
+    fit_to_ranks,
+    restore,
+    state_of,
+    steps_of_epoch,
+    without_permissions,
+)
 
 CONFIG = {"TRAIN__ACCUMULATION_STEPS": 2, "TRAIN__EMA_DECAY": 0.5, "TRAIN__EPOCHS": 9}
 
@@ -128,6 +137,14 @@ def test_a_checkpoint_that_is_named_comes_before_the_folders(tmp_path):
     assert (found.path, found.state["progress"]["epoch"]) == (named, 1)
 
 
+@pytest.mark.parametrize("name", ["other", "modèles", "run: 1", "a #b", "[x]", "it's"])
+def test_the_same_checkpoint_named_again_means_the_newest_of_the_run_that_began_with_it(tmp_path, name):
+    named = save(tmp_path / name, 1)
+    config = config_with(MODEL__RESUME=str(named))
+    save(tmp_path / "run", 2, config)
+    assert find_state(config, tmp_path / "run", ALONE).path == tmp_path / "run" / "last.pth"
+
+
 def test_without_auto_resume_a_folder_that_holds_a_run_is_refused(tmp_path):
     save(tmp_path)
     with pytest.raises(UserError, match=r"holds a run already: choose another --tag, or leave TRAIN\.AUTO_RESUME on"):
@@ -182,6 +199,18 @@ def test_weights_without_a_run_are_refused(tmp_path):
 
 
 # The same run
+
+
+@pytest.mark.parametrize("classes", [["b", "a"], ["a", "c"], ["a"], ["a", "b", "c"]])
+def test_data_of_other_classes_are_refused(tmp_path, classes):
+    found = Found(save(tmp_path), checkpoint.load(tmp_path / "last.pth"))
+    with pytest.raises(UserError, match="is of a run on other classes"):
+        check_classes(found, classes)
+
+
+@pytest.mark.parametrize("classes", [["a", "b"], None])
+def test_data_of_the_same_classes_or_of_unknown_ones_are_taken(tmp_path, classes):
+    check_classes(Found(save(tmp_path), checkpoint.load(tmp_path / "last.pth")), classes)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,24 @@ def test_moving_average_is_scored_where_asked_for(trained, weights, report):
     assert average["loss"] != pytest.approx(evaluation["loss"], rel=1e-5)
 
 
+def test_it_is_told_where_the_best_epoch_was_chosen_by_the_weights_that_are_not_scored(weights, score, tmp_path):
+    state = checkpoint.load(weights)
+    for chosen_by, flags, is_told in [("ema", [], True), ("ema", ["--ema"], False), ("model", [], False)]:
+        checkpoint.save({**state, "best": {**state["best"], "of": chosen_by}}, tmp_path / "chosen.pth")
+        said = score("--resume", tmp_path / "chosen.pth", *flags).stdout
+        assert ("chosen by their moving average: add --ema" in said) is is_told
+
+
+def test_settings_that_differ_from_those_of_training_and_change_the_answers_are_told(weights, score):
+    changes = ["DATA.STD", "[0.2,0.2,0.2]", "TEST.CROP", False, "DATA.BATCH_SIZE", 5, "TRAIN.EPOCHS", 7]
+    (said,) = [
+        line for line in score("--resume", weights, "--opts", *changes).stdout.splitlines() if "other settings" in line
+    ]
+    assert "DATA.STD: [" in said and "-> [0.2, 0.2, 0.2], TEST.CROP: True -> False" in said
+    assert "BATCH_SIZE" not in said and "EPOCHS" not in said
+    assert "other settings" not in score("--resume", weights).stdout
+
+
 @pytest.mark.slow
 def test_the_network_rewritten_for_inference_scores_the_same(weights, report, monkeypatch):
     rewritten = []

@@ -3,6 +3,7 @@
 import math
 import pathlib
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -537,6 +538,34 @@ def test_folder_with_another_network_is_refused(whole, train_long, tmp_path, fla
     assert contents(tmp_path) == before
 
 
+# What begins to differ where the first class is called otherwise and comes last.
+OTHERS = "0: amber_columns -> amber_rows, 1: amber_rows -> green_columns, "
+
+
+@pytest.fixture
+def rename_class(tmp_path):
+    """A copy of a tree whose first class comes last."""
+
+    def rename(tree):
+        copy = shutil.copytree(tree, tmp_path / "renamed")
+        for split in ("train", "val"):
+            sorted((copy / split).iterdir())[0].rename(copy / split / "yellow")
+        return copy
+
+    return rename
+
+
+@pytest.mark.parametrize("flags", [[], ["--allow-changes"]], ids=["unasked", "allowed"])
+def test_data_whose_classes_have_other_numbers_are_refused(
+    whole, call, tree, tiny_config, tmp_path, rename_class, flags
+):
+    state = checkpoint.load(whole.stopped_after(1, tmp_path) / "last.pth")
+    (tmp_path / "run.yaml").write_text(state["config"])
+    where = ["--cfg", tmp_path / "run.yaml", "--data-path", rename_class(tree), "--output", tmp_path]
+    (error,) = call("train.py", *where, *flags).errors
+    assert f"is of a run on other classes ({OTHERS}" in error
+
+
 def test_folder_with_a_run_is_refused_where_auto_resume_is_off(whole, train_long, tmp_path):
     whole.stopped_after(1, tmp_path)
     (error,) = train_long(tmp_path, opts="TRAIN.AUTO_RESUME False", code=2).result.errors
@@ -629,19 +658,25 @@ def test_level_of_apex_is_translated_with_a_word(train, tmp_path):
 STILL = "TRAIN.EPOCHS 1 TRAIN.BASE_LR 0 TRAIN.MIN_LR 0 TRAIN.WARMUP_LR 0 DATA.IMG_SIZE 32"
 
 
-def test_fine_tuning_on_other_classes_starts_a_fresh_head(call, trained_weights, make_images, tiny_config, tmp_path):
+@pytest.mark.parametrize("chosen_by", ["model", "ema"])
+def test_fine_tuning_on_other_classes_starts_a_fresh_head_on_the_weights_that_the_best_epoch_was_chosen_by(
+    call, trained_weights, make_images, tiny_config, tmp_path, chosen_by
+):
+    state = checkpoint.load(trained_weights)
+    checkpoint.save({**state, "best": {**state["best"], "of": chosen_by}}, tmp_path / "chosen.pth")
     for split in ("train", "val"):
         make_images(tmp_path / split, 12, seed=2, classes=["blue_columns", "blue_rows", "green_columns", "green_rows"])
     where = ["--cfg", tiny_config, "--data-path", tmp_path, "--output", tmp_path, "--tag", "run"]
     options = [*STILL.split(), "MODEL.GMA.NUM_CLASSES", 4, "TRAIN.LAYER_DECAY", 0.5]
-    result = call("train.py", *where, "--pretrained", trained_weights, "--opts", *options)
+    result = call("train.py", *where, "--pretrained", tmp_path / "chosen.pth", "--opts", *options)
     assert result.code == 0, result.stderr
+    assert f"starting from {'the moving average' if chosen_by == 'ema' else 'the weights'} of" in result.stdout
     (said,) = [line for line in result.stdout.splitlines() if "head" in line]
     assert "6 classes" in said
     assert "4 classes" in said
     assert "afresh" in said
 
-    source = parameters(torch.load(trained_weights, weights_only=True)["model"])
+    source = parameters(state[chosen_by])
     state = torch.load(tmp_path / "tiny" / "run" / "last.pth", weights_only=True)
     tuned = parameters(state["model"])
     changed = {name for name in source if not torch.equal(source[name], tuned[name])}
@@ -650,6 +685,15 @@ def test_fine_tuning_on_other_classes_starts_a_fresh_head(call, trained_weights,
     scales = sorted({group["lr_scale"] for group in state["optimizer"]["param_groups"]})
     assert scales == [0.5**i for i in reversed(range(len(scales)))]
     assert len(scales) >= 5  # from the stem to the head, each layer half of the next
+
+
+def test_fine_tuning_on_as_many_classes_of_other_names_is_told_of(
+    call, trained_weights, tree, tiny_config, tmp_path, rename_class
+):
+    where = ["--cfg", tiny_config, "--data-path", rename_class(tree), "--output", tmp_path, "--tag", "run"]
+    result = call("train.py", *where, "--pretrained", trained_weights, "--opts", *STILL.split())
+    assert result.code == 0, result.stderr
+    assert f"has as many classes but others ({OTHERS}" in result.stdout
 
 
 @pytest.mark.parametrize("form", ["published names", "bare state dict"])

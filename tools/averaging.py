@@ -15,21 +15,10 @@ from yacs.config import CfgNode
 
 from models.published import from_published, is_published
 from utils import checkpoint
-from utils.config import lookup
+from utils.config import KEYS_OF_ANSWERS, flatten, lookup
 from utils.errors import UserError, listing
 from utils.metrics import Score, describe
 from utils.trained import saved_config, weights_name
-
-# What the tensors do not tell of a network, and of the images that it takes.
-_SHARED_KEYS = (
-    "MODEL.GMA.NUM_HEADS",
-    "MODEL.GMA.QKV_SCALE",
-    "DATA.IMG_SIZE",
-    "DATA.INTERPOLATION",
-    "DATA.MEAN",
-    "DATA.STD",
-    "TEST.CROP",
-)
 
 
 @dataclass(frozen=True)
@@ -173,9 +162,9 @@ def check_same_settings(one: Ingredient, other: Ingredient) -> None:
     """
     if one.config is None or other.config is None:
         return
-    for key in _SHARED_KEYS:
-        old, new = lookup(one.config, key), lookup(other.config, key)
-        if old != new:
+    for key, old in flatten(one.config):
+        new = lookup(other.config, key)
+        if key in KEYS_OF_ANSWERS and old != new:
             raise UserError(
                 f"{other.path} has {key} {new} and {one.path} {old}: leave one of them out, or name the configuration "
                 "of the average with --cfg"

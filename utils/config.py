@@ -16,6 +16,13 @@ from yacs.config import CfgNode
 
 from utils.errors import UserError, listing
 
+# What a network makes of an image depends on these, beside its weights; each task has some of them.
+KEYS_OF_ANSWERS = frozenset(
+    {"DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "DATA.SHORT_SIDE", "DATA.SHORT_SIDES"}
+    | {"DATA.LONG_SIDE", "DATA.REDUCE_ZERO_LABEL", "MODEL.GMA.NUM_HEADS", "MODEL.GMA.QKV_SCALE", "TEST.CROP"}
+    | {"MODEL.DETECTOR.ANCHOR_SIZES", "MODEL.DETECTOR.ANCHOR_RATIOS"}
+)
+
 
 def default_config() -> CfgNode:
     """All keys, at the values of the published ImageNet-1K recipe wherever it states one."""

@@ -1,5 +1,6 @@
 """What a run starts from, and what it writes to be gone on with."""
 
+import itertools
 import logging
 import platform
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+import yaml
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -18,6 +20,7 @@ from utils.config import accumulation_steps, differences
 from utils.dist import World, gather_objects, together
 from utils.engine import Training
 from utils.errors import UserError, listing
+from utils.trained import chosen_by_ema
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +91,8 @@ def _run_started_from(resume: str, folder: Path) -> Found | None:
         newest = checkpoint.newest(folder)
     except UserError:  # the named file may be there to replace what is damaged
         return None
-    if newest and f"RESUME: {resume}\n" in newest[1].get("config", ""):
+    saved = newest[1].get("config") if newest else None
+    if saved and (yaml.safe_load(saved).get("MODEL") or {}).get("RESUME") == resume:
         return Found(*newest)
     return None
 
@@ -128,6 +132,32 @@ def _changes(config: CfgNode, state: dict[str, Any]) -> list[str]:
 
 def _keys(changes: list[str]) -> set[str]:
     return {change.partition(":")[0] for change in changes}
+
+
+def check_classes(found: Found, classes: list[str] | None) -> None:
+    """Refuses to go on with data of other classes, whose numbers would mean something else from then on.
+
+    Args:
+        found: The checkpoint to go on from.
+        classes: The data's by number, where it tells.
+
+    Raises:
+        UserError: Naming those that differ.
+    """
+    if other := other_classes(found.state, classes):
+        raise UserError(
+            f"{found.path} is of a run on other classes ({other}): use its data, or start from its weights with "
+            "--pretrained and another --tag"
+        )
+
+
+def other_classes(state: Mapping[str, Any], classes: list[str] | None) -> str:
+    """Which classes a checkpoint and data number differently, or nothing where they do not, or one does not tell."""
+    known = state.get("classes")
+    if not known or not classes or known == classes:
+        return ""
+    pairs = itertools.zip_longest(known, classes, fillvalue="none")
+    return listing([f"{number}: {old} -> {new}" for number, (old, new) in enumerate(pairs) if old != new])
 
 
 def fit_to_ranks(config: CfgNode, found: Found | None, here: World) -> CfgNode:
@@ -177,21 +207,34 @@ def without_permissions(config: CfgNode) -> CfgNode:
 
 
 def start_from_pretrained(
-    config: CfgNode, network: nn.Module, load: Callable[[nn.Module, Mapping[str, Tensor], str], list[str]]
+    config: CfgNode,
+    network: nn.Module,
+    classes: list[str] | None,
+    load: Callable[[nn.Module, Mapping[str, Tensor], str], list[str]],
 ) -> None:
     """Loads the weights that --pretrained names, if it does, and says what of them does not fit.
+
+    Of a checkpoint whose best epoch was chosen by the moving average, that is what is loaded.
 
     Args:
         config: The configuration.
         network: A freshly made network.
+        classes: The data's by number, where it tells.
         load: (network, weights, where they are from) -> a sentence for each thing that was not loaded as it is.
 
     Raises:
         UserError: If they are of another network.
     """
-    if path := config.MODEL.PRETRAINED:
-        for sentence in load(network, checkpoint.load(path)["model"], path):
-            _log.warning(sentence)
+    if not (path := config.MODEL.PRETRAINED):
+        return
+    state = checkpoint.load(path)
+    name = "ema" if state.get("ema") and chosen_by_ema(state) else "model"
+    _log.info("starting from %s of %s", "the moving average" if name == "ema" else "the weights", path)
+    sentences = load(network, state[name], path)
+    if not sentences and (other := other_classes(state, classes)):  # the head was loaded, too
+        sentences = [f"{path} has as many classes but others ({other}): the head starts from theirs, by number"]
+    for sentence in sentences:
+        _log.warning(sentence)
 
 
 def restore(state: dict[str, Any], training: Training, config: CfgNode) -> None:

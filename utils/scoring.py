@@ -14,11 +14,13 @@ from data.build import EvalData, build_eval_data
 from models.build import build_model, load_weights
 from models.fuse import fuse
 from utils import checkpoint
+from utils.config import KEYS_OF_ANSWERS, differences
 from utils.dist import World, together
 from utils.engine import evaluate
-from utils.errors import UserError
+from utils.errors import UserError, listing
 from utils.metrics import Score, ScoreSums, Sums, TaskScore
 from utils.optim import Precision, memory_format
+from utils.trained import chosen_by_ema
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +116,11 @@ def read_weights(config: CfgNode, random_weights: bool) -> tuple[str | None, dic
     if random_weights:
         return None, {}
     source = weights_file(config)
-    return source, checkpoint.load(source)
+    state = checkpoint.load(source)
+    changes = differences(config, state["config"]) if isinstance(state.get("config"), str) else []
+    if changes := [change for change in changes if change.partition(":")[0] in KEYS_OF_ANSWERS]:
+        _log.warning("%s was trained with other settings: %s", source, listing(changes, 20))
+    return source, state
 
 
 def log_matched(found: list[str] | None, known: list[str] | None) -> None:
@@ -133,12 +139,14 @@ def score_timed(
 
 
 def choose_weights(state: dict[str, Any], use_ema: bool, source: str) -> dict[str, torch.Tensor]:
-    """A checkpoint's weights, or their moving average.
+    """A checkpoint's weights, or their moving average; says where its best epoch was chosen by the other.
 
     Raises:
         UserError: If it holds no moving average.
     """
     if not use_ema:
+        if state.get("ema") and chosen_by_ema(state):
+            _log.info("scoring the trained weights; the best epoch was chosen by their moving average: add --ema")
         return state["model"]
     if not state.get("ema"):
         raise UserError(f"{source} holds no moving average: leave --ema out")

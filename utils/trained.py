@@ -100,13 +100,17 @@ def weights_name(state: Mapping[str, Any], source: Path, weights: str) -> str:
     Raises:
         UserError: If the moving average is asked for and there is none.
     """
-    best = state.get("best")
-    chosen_by_ema = isinstance(best, Mapping) and best.get("of") == "ema"
-    if weights == "model" or (weights == "auto" and not chosen_by_ema):
+    if weights == "model" or (weights == "auto" and not chosen_by_ema(state)):
         return "model"
     if not state.get("ema"):
         raise UserError(f"{source} holds no moving average: use --weights model")
     return "ema"
+
+
+def chosen_by_ema(state: Mapping[str, Any]) -> bool:
+    """Whether a run's best epoch was chosen by the moving average, as its checkpoint tells."""
+    best = state.get("best")
+    return isinstance(best, Mapping) and best.get("of") == "ema"
 
 
 def saved_config(state: Mapping[str, Any], source: Path) -> CfgNode:

@@ -35,6 +35,7 @@ from utils.progress import Progress
 from utils.report import describe_best, log_plan
 from utils.resume import (
     Found,
+    check_classes,
     find_state,
     fit_to_ranks,
     restore,
@@ -59,10 +60,12 @@ def train(config: CfgNode, here: World, precision: Precision, task: Task) -> Non
             check_tracking(config.WANDB)
         config = fit_to_ranks(config, found, here)
         train_data, eval_data = task.open_data(config, here)
+        if found:
+            check_classes(found, train_data.classes)
         seed_everything(number_for(config.SEED, "weights"))
         network = task.build_network(config, train_data)
         if not found:
-            start_from_pretrained(config, network, task.load_to_start)
+            start_from_pretrained(config, network, train_data.classes, task.load_to_start)
     steps_per_epoch = steps_of_epoch(config, found, train_data.steps_per_epoch)
     training = build_training(config, here, precision, task, network, steps_per_epoch)
     with together():
