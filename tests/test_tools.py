@@ -51,6 +51,14 @@ def test_the_commands_that_a_help_shows_stand_in_one_line_each(path):
     assert [line for line in shown.splitlines() if len(line) > 120] == []
 
 
+@pytest.mark.parametrize("name", ["convert_checkpoint", "flops", "soak"])
+def test_a_wrong_flag_is_one_line(start, name):
+    code, out, err = start(f"tools/{name}.py", "--wrong")
+    assert code == 2 and out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and line.endswith(": --help tells the flags")
+
+
 @pytest.mark.slow
 def test_flops_prints_every_size_beside_the_papers_figures_without_a_configuration(start):
     code, out, _ = start("tools/flops.py", "--img-size", 32)
@@ -127,6 +135,15 @@ def test_conversion_names_a_tensor_that_no_groupmixformer_has(start, weights, tm
 def test_conversion_refuses_another_ending(start, weights, tmp_path):
     code, _, err = start("tools/convert_checkpoint.py", weights, tmp_path / "o.onnx")
     assert code == 2 and ".safetensors" in err
+
+
+@pytest.mark.parametrize("name", ["published.pth", "other.safetensors"], ids=["its input", "another file"])
+def test_conversion_writes_over_nothing(start, weights, tmp_path, name):
+    (tmp_path / "other.safetensors").write_bytes(b"kept")
+    before = (tmp_path / name).read_bytes()
+    code, _, err = start("tools/convert_checkpoint.py", weights, tmp_path / name)
+    assert code == 2 and f"{tmp_path / name} exists: remove it, or choose another name" in err
+    assert (tmp_path / name).read_bytes() == before
 
 
 def test_digits_are_all_written_once_with_their_pixels_and_the_same_split_every_time(tmp_path):

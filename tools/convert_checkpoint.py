@@ -8,7 +8,6 @@ The weights alone are written, as {"model": weights} in a .pth file. Every tenso
 GroupMixFormer has; nothing is dropped.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,20 +19,20 @@ from torch import Tensor
 
 from models.published import from_published, is_ours, is_published, to_published
 from utils import checkpoint
-from utils.cli import run
+from utils.cli import Parser, run
 from utils.errors import UserError, listing
 
 
 def main() -> None:
     """Parses, converts, writes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help="a .pth or .safetensors file, of either naming")
-    parser.add_argument("target", type=Path, help="the .pth or .safetensors file to write")
+    parser.add_argument("target", type=Path, help="the .pth or .safetensors file to write; none that exists")
     parser.add_argument("--to", choices=["ours", "published"], default="ours", help="names to write (default ours)")
     parser.add_argument("--ema", action="store_true", help="take the moving average instead of the weights")
     arguments = parser.parse_args()
+    if arguments.target.exists():
+        raise UserError(f"{arguments.target} exists: remove it, or choose another name")
     state = checkpoint.load(arguments.source)
     if arguments.ema and not state.get("ema"):
         raise UserError(f"{arguments.source} holds no moving average: leave --ema out")

@@ -8,7 +8,6 @@ One multiply-add is one FLOP. "FLOPs" is what fvcore counts by itself and papers
 activation functions, sums and products too. Counting needs no weights, no data and no GPU.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
@@ -19,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from models.build import build_model  # noqa: E402
 from utils.checkpoint import write_text  # noqa: E402
-from utils.cli import check_report, run  # noqa: E402
+from utils.cli import Parser, check_report, run  # noqa: E402
 from utils.config import check, load_config  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.flops import Counts, count  # noqa: E402
@@ -37,9 +36,7 @@ _PUBLISHED = {
 
 def main() -> None:
     """Parses, counts, prints."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--cfg", type=Path, metavar="FILE", help="configuration; all published sizes if left out")
     parser.add_argument("--img-size", type=int, metavar="N", help="height and width, instead of the configuration's")
     parser.add_argument("--depth", type=int, default=2, metavar="N", help="levels of modules in the table (default 2)")

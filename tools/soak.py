@@ -7,7 +7,6 @@ Trains a tiny network on noise, with all that is random in training turned on, a
 hits a rank, the launcher, or all of them. Ends with exit code 1 if the two runs differ in a single bit.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils import checkpoint  # noqa: E402
+from utils.cli import Parser, run  # noqa: E402
 from utils.logger import read_metrics  # noqa: E402
 
 _CLASSES, _TRAIN_IMAGES, _VAL_IMAGES = 4, 64, 18
@@ -53,7 +53,7 @@ PRINT_FREQ: 1
 
 def main() -> None:
     """Parses, runs both, compares."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--kills", type=int, default=50, metavar="N", help="how often to kill the run (default 50)")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that train (default 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the moments and the victims")
@@ -207,4 +207,4 @@ def outcome(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
