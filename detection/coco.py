@@ -14,12 +14,15 @@ from pycocotools.coco import COCO
 
 from utils.errors import UserError, listing, reason
 
-# What every entry must have.
+_TEXT, _NUMBER, _EITHER, _LIST = (str,), (int, float), (int, float, str), (list,)
+_WORDS = {_TEXT: "text", _NUMBER: "a number", _EITHER: "a number or text", _LIST: "[x, y, width, height]"}
+# What entries have, and of which kind.
 _KEYS = {
-    "images": ("id", "file_name", "width", "height"),
-    "categories": ("id", "name"),
-    "annotations": ("image_id", "category_id", "bbox"),
+    "images": {"id": _EITHER, "file_name": _TEXT, "width": _NUMBER, "height": _NUMBER},
+    "categories": {"id": _EITHER, "name": _EITHER},
+    "annotations": {"image_id": _EITHER, "category_id": _EITHER, "bbox": _LIST, "area": _NUMBER, "iscrowd": _NUMBER},
 }
+_OPTIONAL = ("area", "iscrowd")
 
 
 @contextlib.contextmanager
@@ -32,11 +35,13 @@ def silence() -> Iterator[None]:
 def read_coco(path: Path) -> COCO:
     """Reads annotations; they get ids from 1 on, and where they have none their box's area and 'iscrowd' 0.
 
+    What is null, or no number such as NaN, is as good as missing.
+
     Raises:
         UserError: If the file is missing or malformed, or something in it refers to what is not there.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=lambda _: None)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): name another --data-path, or set DATA.TRAIN_ANNOTATIONS and "
@@ -47,8 +52,9 @@ def read_coco(path: Path) -> COCO:
     _check(content, path)
     for number, annotation in enumerate(content["annotations"], 1):
         annotation["id"] = number  # pycocotools takes 0 for no annotation
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+        for key, value in (("iscrowd", 0), ("area", annotation["bbox"][2] * annotation["bbox"][3])):
+            if annotation.get(key) is None:
+                annotation[key] = value
     return index(content)
 
 
@@ -67,8 +73,12 @@ def _check(content: Any, path: Path) -> None:
         if not isinstance(entries, list):
             raise UserError(f"{path} holds no list of {part}: name a file of COCO's annotations")
         for number, entry in enumerate(entries):
-            if lacking := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
-                raise UserError(f"{path}: {part}[{number}] has no {listing(lacking)}: add that")
+            for key, kind in keys.items():
+                value = entry.get(key) if isinstance(entry, dict) else None
+                if value is None and key not in _OPTIONAL:
+                    raise UserError(f"{path}: {part}[{number}] has no {key}: add that")
+                if value is not None and not isinstance(value, kind):
+                    raise UserError(f"{path}: {part}[{number}] has {key} {value!r}: give {_WORDS[kind]}")
     known = {}
     for part in ("images", "categories"):
         ids = [entry["id"] for entry in content[part]]
@@ -83,22 +93,34 @@ def _check(content: Any, path: Path) -> None:
             if annotation[key] not in known[part]:
                 raise UserError(f"{path}: annotations[{number}] has {key} {annotation[key]!r}, of none of the {part}")
         box = annotation["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(side, (int, float)) for side in box)):
-            raise UserError(f"{path}: annotations[{number}] has bbox {box!r}: give [x, y, width, height]")
+        if len(box) != 4 or not all(isinstance(side, _NUMBER) for side in box):
+            raise UserError(f"{path}: annotations[{number}] has bbox {box!r}: give {_WORDS[_LIST]}")
 
 
 def check_masks(coco: COCO, path: Path) -> None:
-    """Refuses annotations without masks.
+    """Refuses annotations without masks, and polygons that pycocotools cannot draw.
 
     Raises:
-        UserError: If one of them has none.
+        UserError: If there is one.
     """
     for number, annotation in enumerate(coco.dataset["annotations"]):
-        if not annotation.get("segmentation"):
+        segmentation = annotation.get("segmentation")
+        if not segmentation:
             raise UserError(
                 f"{path}: annotations[{number}] has no segmentation, which mask_rcnn needs: "
                 "set MODEL.DETECTOR.NAME to faster_rcnn or retinanet"
             )
+        if isinstance(segmentation, list) and not _can_be_drawn(segmentation):
+            raise UserError(
+                f"{path}: annotations[{number}] has a segmentation that is no list of polygons of 3 points or more: "
+                "give [[x, y, x, y, x, y, ...], ...], or remove the annotation"
+            )
+
+
+def _can_be_drawn(polygons: list[Any]) -> bool:
+    """Whether polygons are whole, and the first, which pycocotools tells from a box by its length, has three points."""
+    whole = all(isinstance(polygon, list) and None not in polygon for polygon in polygons)
+    return whole and len(polygons[0]) >= 6
 
 
 def categories(coco: COCO) -> dict[Any, str]:

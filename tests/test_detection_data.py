@@ -1,6 +1,7 @@
 """COCO-format data as batches: what of it is kept, how it is numbered and augmented, and what is refused."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -96,11 +97,20 @@ def test_masks_of_every_form_are_pycocotools_masks(tree):
         assert (decode_mask(form, width, height) == whole).all()
 
 
-def test_what_scoring_takes_for_granted_is_filled_in(tree):
+@pytest.mark.parametrize(
+    "lose",
+    [
+        lambda annotation, key: annotation.pop(key),
+        lambda annotation, key: annotation.update({key: None}),
+        lambda annotation, key: annotation.update({key: math.nan}),
+    ],
+    ids=["missing", "null", "NaN"],
+)
+def test_what_scoring_takes_for_granted_is_filled_in(tree, lose):
     def edit(content):
         for annotation in content["annotations"]:
             for key in ("id", "iscrowd", "area"):
-                annotation.pop(key)
+                lose(annotation, key)
 
     edited(tree, "train2017", edit)
     for number, annotation in enumerate(read_coco(annotations(tree)).dataset["annotations"], 1):
@@ -207,6 +217,12 @@ BAD = [
     (refuse("annotations", 1, category_id=3), r"annotations\[1\] has category_id 3, of none of the categories"),
     (refuse("annotations", 1, image_id=3), r"annotations\[1\] has image_id 3, of none of the images"),
     (refuse("annotations", 0, bbox=[1, 2, 3]), r"annotations\[0\] has bbox \[1, 2, 3\]"),
+    (refuse("annotations", 0, bbox=[1, math.nan, 3, 4]), r"annotations\[0\] has bbox \[1, None, 3, 4\]"),
+    (refuse("annotations", 0, area="9"), r"annotations\[0\] has area '9': give a number"),
+    (refuse("annotations", 0, image_id=[1]), r"annotations\[0\] has image_id \[1\]: give a number or text"),
+    (refuse("images", 1, file_name=5), r"images\[1\] has file_name 5: give text"),
+    (refuse("images", 0, id=[1]), r"images\[0\] has id \[1\]: give a number or text"),
+    (refuse("categories", 1, name=None), r"categories\[1\] has no name"),
     (refuse("categories", 0, name="disc"), "several categories of the name disc"),
     (refuse("categories", 0, id=5), "3 categories of 2 ids"),
     (lambda content: content["annotations"][0].pop("segmentation"), r"annotations\[0\] has no segmentation"),
@@ -219,6 +235,15 @@ def test_annotations_that_cannot_work_are_refused_by_name(tree, edit, message):
     with pytest.raises(UserError, match=message) as error:
         build_train_data(configured(data=tree), ALONE)
     assert "instances_train2017.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "polygons", [[[1, 2, 3, 4]], [[1, 2, 3, 4, 5, math.nan]], [1, 2, 3, 4, 5, 6]], ids=["2 points", "NaN", "flat"]
+)
+def test_polygons_that_cannot_be_drawn_are_refused(tree, polygons):
+    edited(tree, "train2017", refuse("annotations", 1, segmentation=polygons))
+    with pytest.raises(UserError, match=r"annotations\[1\] .* no list of polygons of 3 points or more"):
+        build_train_data(configured(data=tree), ALONE)
 
 
 def test_boxes_alone_are_enough_for_detectors_without_masks(tree):
