@@ -227,7 +227,7 @@ def build_eval_data(config: CfgNode, world: World) -> EvalData:
 
 
 def named_classes(config: CfgNode, source: PairSource) -> list[str]:
-    """Names by class number; made up where the data set has none.
+    """Names by class number; made up of the labels where the data set has none.
 
     Raises:
         UserError: If the data and the configuration disagree about the number of classes, or neither tells, or there
@@ -240,4 +240,5 @@ def named_classes(config: CfgNode, source: PairSource) -> list[str]:
     count = count_classes(config, source.classes)
     if count > MOST_CLASSES:
         raise UserError(f"{count} classes are more than the {MOST_CLASSES} that 8-bit label maps can tell apart")
-    return source.classes or [f"class {number}" for number in range(1, count + 1)]
+    first = int(config.DATA.REDUCE_ZERO_LABEL)
+    return source.classes or [f"class {label}" for label in range(first, first + count)]

@@ -127,10 +127,14 @@ def test_class_names_come_from_a_list_or_from_ade20ks_table(tmp_path):
     assert class_names(tmp_path) == ["ground", "red"]
 
 
-def test_classes_without_names_are_numbered_by_their_labels(tree):
+@pytest.mark.parametrize("reduce", [True, False])
+def test_classes_without_names_are_numbered_by_their_labels(tree, reduce):
     (tree / "classes.txt").unlink()
-    data = build_eval_data(tiny(DATA__DATA_PATH=str(tree), MODEL__GMA__NUM_CLASSES=3), ALONE)
-    assert data.classes == ["class 1", "class 2", "class 3"]
+    config = tiny(DATA__DATA_PATH=str(tree), DATA__REDUCE_ZERO_LABEL=reduce, MODEL__GMA__NUM_CLASSES=3)
+    labels = np.array([[1, 2, 3]] if reduce else [[0, 1, 2]], np.uint8)
+    classes = to_classes(Image.fromarray(labels), 3, reduce)
+    names = build_eval_data(config, ALONE).classes
+    assert [names[number] for number in classes[0]] == [f"class {label}" for label in labels[0]]
 
 
 @pytest.mark.parametrize(
