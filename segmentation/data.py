@@ -49,7 +49,7 @@ class PairSource:
         classes: Names by class number, or None where the data set does not name them.
 
     Raises:
-        UserError: If a folder is missing or empty, or an image has no label map.
+        UserError: If a folder is missing or empty, or an image has no label map or shares one with another.
     """
 
     classes: list[str] | None
@@ -68,6 +68,10 @@ class PairSource:
         self._files = [(path, (maps / path.relative_to(images)).with_suffix(".png")) for path in found]
         if missing := [str(image) for image, label_map in self._files if not label_map.is_file()]:
             raise UserError(f"{maps} has no label map (.png) for {listing(missing)}: add them or remove the images")
+        owners: dict[Path, Path] = {}
+        for image, label_map in self._files:
+            if (owner := owners.setdefault(label_map, image)) != image:
+                raise UserError(f"{owner} and {image} share the label map {label_map}: rename or remove one of them")
         self.classes = class_names(root)
 
     def __len__(self) -> int:

@@ -110,6 +110,10 @@ def test_images_are_paired_with_their_label_maps_in_nested_folders(tmp_path):
         (lambda root: (root / "images/training").rename(root / "images/train"), r"images/training is no folder"),
         (lambda root: (root / "annotations/training").rename(root / "x"), r"annotations/training is no folder"),
         (lambda root: [path.unlink() for path in (root / "images/training").iterdir()], "has no images"),
+        (
+            lambda root: (root / "images/training/03.jpg").touch(),
+            r"images/training/03\.jpg and .*images/training/03\.png share the label map .*annotations/training/03\.png",
+        ),
     ],
 )
 def test_folders_that_are_no_data_set_are_refused(tree, damage, said):
