@@ -417,6 +417,15 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_its_name(tmp_path, suffix, c
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["page", "yaml", "image"])
+def test_a_file_of_another_kind_is_told_without_torchs_advice_to_run_what_it_holds(tmp_path, kind):
+    (tmp_path / "x.txt").write_bytes(NO_CHECKPOINTS[kind])
+    wanted = r"x\.txt is no checkpoint \(neither a \.pth of plain tensors nor a \.safetensors\); nothing in it was run"
+    with pytest.raises(UserError, match=wanted) as caught:
+        checkpoint.load(tmp_path / "x.txt")
+    assert "weights_only" not in str(caught.value)
+
+
 def _encoded(kind):
     buffer = io.BytesIO()
     if kind == "ours":

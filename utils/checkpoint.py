@@ -214,11 +214,10 @@ def _read(path: Path) -> dict[str, Any]:
         # The published code keeps its yacs configuration beside the weights; it comes in as a plain dict.
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        held = listing(_foreign_types(path)) or reason(error)
-        raise UserError(
-            f"{path} is no checkpoint of plain tensors ({held}); nothing in it was run: name another file"
-        ) from None
+    except pickle.UnpicklingError:
+        types = listing(_foreign_types(path))
+        why = f"of plain tensors ({types})" if types else "(neither a .pth of plain tensors nor a .safetensors)"
+        raise UserError(f"{path} is no checkpoint {why}; nothing in it was run: name another file") from None
     except Exception as error:  # what random bytes make the readers raise is not theirs to promise
         raise UserError(f"{path} is no checkpoint ({reason(error)}): name another file") from None
     if not isinstance(state, dict) or not state:
