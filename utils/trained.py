@@ -121,7 +121,7 @@ def saved_config(state: Mapping[str, Any], source: Path) -> CfgNode:
         source: Its file, for errors.
 
     Raises:
-        UserError: If it holds none that this code knows.
+        UserError: If it holds none that this code knows, or one of another task.
     """
     saved, place = state.get("config"), f"the configuration in {source}"
     if not isinstance(saved, str):
@@ -132,6 +132,9 @@ def saved_config(state: Mapping[str, Any], source: Path) -> CfgNode:
         values = None
     if not isinstance(values, dict):
         raise UserError(f"{place} cannot be read: name the one it was trained with by --cfg")
+    for part, task in (("DECODER", "segmentation"), ("DETECTOR", "detection")):
+        if isinstance(values.get("MODEL"), dict) and part in values["MODEL"]:
+            raise UserError(f"{source} is a {task} checkpoint, no classifier's: use {task}/test.py, or name another")
     config = default_config()
     merge(config, values, place)
     return config
