@@ -317,6 +317,12 @@ def test_another_broken_pipe_keeps_its_traceback():
         run(main)
 
 
+def test_a_name_too_long_for_a_file_is_told_in_one_line(tmp_path, capsys):
+    long = tmp_path / ("a" * 300) / "best.pth"
+    told = f"error: {long} has a name that is too long for a file: shorten it\n"
+    assert ending(long.open, capsys) == (2, ("", told))
+
+
 def test_a_report_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     check_report(tmp_path / "A.PNG", "--png", ".png")
     check_report(None, "--png", ".png")

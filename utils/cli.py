@@ -1,6 +1,7 @@
 """The command line that train.py and test.py share, and how a program ends on bad input."""
 
 import argparse
+import errno
 import multiprocessing
 import os
 import select
@@ -200,6 +201,12 @@ def run(main: Callable[[], None]) -> None:
         # As head does it when it has enough. What is left to write must not be complained of at the end either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {error.filename} has a name that is too long for a file: shorten it", file=sys.stderr)
+        sys.exit(2)
     except Stopped as stopped:
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
