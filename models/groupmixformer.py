@@ -678,7 +678,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> GroupMixFormer:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    out_indices = kwargs.pop("out_indices", tuple(range(len(kwargs["depths"]))))
     return build_model_with_cfg(
         GroupMixFormer,
         variant,

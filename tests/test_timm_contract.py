@@ -136,9 +136,12 @@ class TestFeatures:
         assert backbone.feature_info.channels() == [DIMS[i] for i in out_indices]
         assert backbone.feature_info.reduction() == [4 * 2**i for i in out_indices]
 
-    def test_features_only_gives_all_four_stages_by_default(self):
-        shapes = [tuple(x.shape) for x in create_small(features_only=True)(images(1, 64, 64))]
-        assert shapes == [(1, dim, 16 >> i, 16 >> i) for i, dim in enumerate(DIMS)]
+    @pytest.mark.parametrize("stages", [2, 4])
+    def test_features_only_gives_all_stages_by_default(self, stages):
+        dims = DIMS[:stages]
+        settings = {"embed_dims": dims, "depths": (1,) * stages, "mlp_ratios": (1,) * stages}
+        shapes = [tuple(x.shape) for x in create_small(features_only=True, **settings)(images(1, 64, 64))]
+        assert shapes == [(1, dim, 16 >> i, 16 >> i) for i, dim in enumerate(dims)]
 
     def test_features_only_leaves_later_stages_out(self):
         backbone = create_small(features_only=True, out_indices=(1,))
