@@ -91,6 +91,14 @@ def test_runs_of_different_tasks_are_compared_each_by_its_own_scores(call, runs,
     assert (tmp_path / "c.png").is_file()
 
 
+def test_a_run_that_began_with_a_later_epoch_scored_only_its_own(call, runs):
+    metrics = runs[0] / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[-UPDATES - 1 :]))
+    rows = rows_of(call(PROGRAM, *runs).stdout)
+    assert rows["epochs scored"] == ["1", "3"]
+    assert rows["best acc1"][0] == "20.000 after 3"
+
+
 def test_equal_configurations_are_told_of(call, runs, tmp_path):
     again = make_run(tmp_path / "net/again", {"acc1": [1.0, 2.0, 3.0]})
     result = call(PROGRAM, runs[0], again)

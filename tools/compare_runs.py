@@ -97,7 +97,7 @@ def table_of(names: Sequence[str], runs: Sequence[Run]) -> list[Row]:
     """
     settings, scores = [each.settings for each in runs], [each.curves.scores for each in runs]
     measures = dict.fromkeys(key for line in chain(*scores) for key in line if key not in _NO_MEASURES)
-    rows = [("", *names), ("epochs scored", *(f"{lines[-1]['epoch']:g}" for lines in scores))]
+    rows = [("", *names), ("epochs scored", *(str(len(lines)) for lines in scores))]
     rows += [(f"best {measure}", *(_best(lines, measure) for lines in scores)) for measure in measures]
     for key in dict.fromkeys(chain(*settings)):
         values = tuple(str(of_run[key]) if key in of_run else "-" for of_run in settings)
