@@ -413,6 +413,10 @@ def check_shared(
         if not (least <= value <= most and math.isfinite(value)):
             bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise UserError(f"{name} is {value}: give {meaning}, {bounds}")
+    for name, value in values.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise UserError(f"{name} is {value}: give finite numbers")
     _check_network(config)
     _check_training(config)
 
