@@ -87,6 +87,11 @@ def test_two_tones_are_black_and_white(mode):
     assert (found[4, 3] == 255).all()
 
 
+def test_numbers_of_no_known_range_are_refused():
+    with pytest.raises(ValueError, match="floating-point numbers"):
+        as_mode(through_file(Image.fromarray(np.full(SIZE[::-1], 0.5, np.float32)), "TIFF"), "RGB")
+
+
 @given(value=st.integers(0, 65535), form=st.sampled_from(["PNG", "TIFF"]))
 @examples(60)
 def test_sixteen_bits_are_scaled_to_eight(value, form):
