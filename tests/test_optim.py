@@ -329,6 +329,26 @@ def test_label_smoothing_is_the_configured_one():
     torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, targets, label_smoothing=0.3))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"AUG__MIXUP": 0.0, "AUG__CUTMIX": 0.0},
+        {"AUG__MIXUP": 0.0, "AUG__CUTMIX": 0.0, "MODEL__LABEL_SMOOTHING": 0.0},
+    ],
+    ids=["soft targets", "label smoothing", "plain"],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_of_logits_in_half_precision_is_computed_in_float32(values, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 50, generator=generator).mul(3).to(dtype)
+    targets = torch.randn(6, 50, generator=generator).softmax(1) if not values else torch.arange(6)
+    loss = build_loss(configured(**values))
+    with torch.autocast("cpu", dtype):
+        found = loss(logits, targets)
+    assert torch.equal(found, loss(logits.float(), targets))
+
+
 # Precision
 
 

@@ -632,7 +632,9 @@ def test_bf16_trains_and_keeps_weights_in_fp32(one_epoch, plain, differences):
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def test_fp16_scales_its_loss_and_resumes_exactly(train, tmp_path, differences):
+def test_fp16_scales_its_loss_and_resumes_exactly(train, tmp_path, differences, monkeypatch):
+    from_above = partial(torch.amp.GradScaler, init_scale=2.0**40, backoff_factor=2.0**-25)
+    monkeypatch.setattr(torch.amp, "GradScaler", from_above)
     words, short = ["--precision", "fp16", "--batch-size", 24], "DATA.IMG_SIZE 32 TRAIN.EPOCHS 2"
     run = train(tmp_path / "whole", *words, opts=short)
     assert run.checkpoint()["scaler"]["scale"] == 2**15

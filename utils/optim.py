@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers,
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from utils.config import accumulation_steps, mixes
@@ -141,11 +141,19 @@ def build_ema(config: CfgNode, model: nn.Module) -> ModelEmaV3 | None:
 
 def build_loss(config: CfgNode) -> nn.Module:
     """The loss that follows from what is on: soft targets under mixup, else label smoothing, else cross-entropy."""
+    loss: nn.Module = nn.CrossEntropyLoss()
     if mixes(config):
-        return SoftTargetCrossEntropy()
-    if config.MODEL.LABEL_SMOOTHING > 0:
-        return LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
-    return nn.CrossEntropyLoss()
+        loss = SoftTargetCrossEntropy()
+    elif config.MODEL.LABEL_SMOOTHING > 0:
+        loss = LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
+    loss.register_forward_pre_hook(_in_float32)
+    return loss
+
+
+def _in_float32(_loss: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Gives a loss logits of half precision as float32, as autocast does by itself on GPUs only."""
+    logits, targets = inputs
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
 
 
 def memory_format(config: CfgNode) -> torch.memory_format:
@@ -168,7 +176,7 @@ def choose_kernels(deterministic: bool, one_size: bool = True) -> None:
 
 @contextmanager
 def unmeasured_kernels() -> Iterator[None]:
-    """Within it a GPU's kernels are chosen without measuring them, so that a score is what test.py makes it."""
+    """Within it a GPU's kernels are chosen without measuring them, as test.py has it: sizes may differ by image."""
     measures = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:

@@ -217,7 +217,7 @@ def evaluate_epoch(
     scores = {}
     for name, network in networks.items():
         broadcast_buffers(network)
-        # As test.py scores; neither compiling nor measuring pays for it.
+        # As test.py scores, but in the run's precision; neither compiling nor measuring pays for it.
         with torch.compiler.set_stance("force_eager"), unmeasured_kernels():
             scores[name] = evaluate(
                 task.build_predictor(config, network),
