@@ -106,6 +106,13 @@ def test_settings_that_differ_from_those_of_training_and_change_the_answers_are_
     assert "other settings" not in score("--resume", weights).stdout
 
 
+@pytest.mark.parametrize("config", ["resnet", "a: [", {"lr": 1}, 7, None], ids=str)
+def test_what_others_call_a_configuration_is_not_looked_into(weights, score, tmp_path, config):
+    state = torch.load(weights, weights_only=True)
+    torch.save({"model": state["model"], "config": config}, tmp_path / "others.pth")
+    assert "Acc@1" in score("--pretrained", tmp_path / "others.pth").stdout
+
+
 @pytest.mark.slow
 def test_the_network_rewritten_for_inference_scores_the_same(weights, report, monkeypatch):
     rewritten = []

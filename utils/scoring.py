@@ -117,7 +117,8 @@ def read_weights(config: CfgNode, random_weights: bool) -> tuple[str | None, dic
         return None, {}
     source = weights_file(config)
     state = checkpoint.load(source)
-    changes = differences(config, state["config"]) if isinstance(state.get("config"), str) else []
+    is_ours = "checksum" in state  # others' checkpoints may call anything a configuration
+    changes = differences(config, state["config"]) if is_ours and state.get("config") else []
     if changes := [change for change in changes if change.partition(":")[0] in KEYS_OF_ANSWERS]:
         _log.warning("%s was trained with other settings: %s", source, listing(changes, 20))
     return source, state
