@@ -106,10 +106,16 @@ def test_settings_that_differ_from_those_of_training_and_change_the_answers_are_
     assert "other settings" not in score("--resume", weights).stdout
 
 
-@pytest.mark.parametrize("config", ["resnet", "a: [", {"lr": 1}, 7, None], ids=str)
-def test_what_others_call_a_configuration_is_not_looked_into(weights, score, tmp_path, config):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("config", value) for value in ("resnet", "a: [", {"lr": 1}, 7, None)),
+        *(("classes", value) for value in (6, {"amber_columns": 0}, "abcdef", [0, 1, 2, 3, 4, 5], None)),
+    ],
+)
+def test_what_others_call_a_configuration_or_classes_does_no_harm(weights, score, tmp_path, name, value):
     state = torch.load(weights, weights_only=True)
-    torch.save({"model": state["model"], "config": config}, tmp_path / "others.pth")
+    torch.save({"model": state["model"], name: value}, tmp_path / "others.pth")
     assert "Acc@1" in score("--pretrained", tmp_path / "others.pth").stdout
 
 

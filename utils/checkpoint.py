@@ -193,7 +193,8 @@ def load(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU: a .pth file that holds no code, or .safetensors; verifies its checksum.
 
     Returns:
-        The checkpoint's dict; a bare state dict comes back as {'model': state dict}.
+        The checkpoint's dict; a bare state dict comes back as {'model': state dict}. What others put under 'classes' is
+        left out if it is no list of names.
 
     Raises:
         UserError: If it is missing, damaged, or is no checkpoint.
@@ -204,7 +205,12 @@ def load(path: str | Path) -> dict[str, Any]:
     state = _read(path)
     if not _is_whole(state):
         raise UserError(f"{path} is damaged (its checksum does not fit): name another file")
-    return state if isinstance(state.get("model"), Mapping) else {"model": state}
+    if not isinstance(state.get("model"), Mapping):
+        return {"model": state}
+    names = state.get("classes") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        del state["classes"]
+    return state
 
 
 def _read(path: Path) -> dict[str, Any]:
