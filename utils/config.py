@@ -502,3 +502,8 @@ def differences(config: CfgNode, text: str) -> list[str]:
     saved = {name: defaults[name] for name, _ in flatten(config) if name in defaults}
     saved |= dict(flatten(CfgNode(yaml.safe_load(text))))
     return [f"{name}: {saved.get(name)} -> {value}" for name, value in flatten(config) if saved.get(name) != value]
+
+
+def keys_of(changes: list[str]) -> set[str]:
+    """The dotted names in what `differences` gives."""
+    return {change.partition(":")[0] for change in changes}

@@ -10,13 +10,12 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models.build import load_weights
 from utils import checkpoint
-from utils.config import accumulation_steps, differences
+from utils.config import accumulation_steps, differences, keys_of
 from utils.dist import World, gather_objects, together
 from utils.engine import Training
 from utils.errors import UserError, listing
@@ -77,7 +76,7 @@ def find_state(config: CfgNode, folder: Path, here: World) -> Found | None:
 def _choose(config: CfgNode, folder: Path) -> Found | None:
     resume = config.MODEL.RESUME
     if resume:
-        same_again = _run_started_from(resume, folder) if config.TRAIN.AUTO_RESUME else None
+        same_again = _run_started_from(config, folder) if config.TRAIN.AUTO_RESUME else None
         return same_again or Found(Path(resume), checkpoint.load(resume))
     if not config.TRAIN.AUTO_RESUME and checkpoint.holds_run(folder):
         raise UserError(f"{folder} holds a run already: choose another --tag, or leave TRAIN.AUTO_RESUME on")
@@ -85,14 +84,14 @@ def _choose(config: CfgNode, folder: Path) -> Found | None:
     return Found(*newest) if newest else None
 
 
-def _run_started_from(resume: str, folder: Path) -> Found | None:
+def _run_started_from(config: CfgNode, folder: Path) -> Found | None:
     """The newest checkpoint of the folder's run, if that was itself started with this --resume."""
     try:
         newest = checkpoint.newest(folder)
     except UserError:  # the named file may be there to replace what is damaged
         return None
     saved = newest[1].get("config") if newest else None
-    if saved and (yaml.safe_load(saved).get("MODEL") or {}).get("RESUME") == resume:
+    if saved and "MODEL.RESUME" not in keys_of(differences(config, saved)):
         return Found(*newest)
     return None
 
@@ -107,7 +106,7 @@ def _check_same_run(config: CfgNode, found: Found, here: World) -> None:
         another = "" if config.MODEL.RESUME else "choose another --tag, or "
         elastic = (
             f", or --elastic to keep {progress['images_per_update']} images an update"
-            if _keys(changes) <= _KEYS_OF_THE_BATCH
+            if keys_of(changes) <= _KEYS_OF_THE_BATCH
             else ""
         )
         raise UserError(
@@ -127,11 +126,7 @@ def _changes(config: CfgNode, state: dict[str, Any]) -> list[str]:
         free |= _KEYS_OF_THE_BATCH
     if config.MODEL.RESUME:
         free.add("MODEL.PRETRAINED")  # whose weights the checkpoint's take the place of
-    return [change for change in differences(config, state["config"]) if not _keys([change]) <= free]
-
-
-def _keys(changes: list[str]) -> set[str]:
-    return {change.partition(":")[0] for change in changes}
+    return [change for change in differences(config, state["config"]) if not keys_of([change]) <= free]
 
 
 def check_classes(found: Found, classes: list[str] | None) -> None:
@@ -177,7 +172,7 @@ def fit_to_ranks(config: CfgNode, found: Found | None, here: World) -> CfgNode:
         )
     fitted = config.clone()
     fitted.TRAIN.ACCUMULATION_STEPS = images // at_once
-    if saved["ranks"] != here.size or _keys(differences(fitted, found.state["config"])) & _KEYS_OF_THE_BATCH:
+    if saved["ranks"] != here.size or keys_of(differences(fitted, found.state["config"])) & _KEYS_OF_THE_BATCH:
         _log.warning(
             "going on with %d rank(s) instead of %d, in %d step(s) an update: images an update, order and learning "
             "rate stay; erasing, drop path, mixup, batch norms and rounding are no longer those of one whole run",
@@ -251,7 +246,7 @@ def restore(state: dict[str, Any], training: Training, config: CfgNode) -> None:
             f"the checkpoint has {updates} updates an epoch and this run {training.steps.updates_per_epoch}: "
             "use the same data, batch size, accumulation and number of ranks"
         )
-    if "TRAIN.OPTIMIZER.NAME" in _keys(changes):
+    if "TRAIN.OPTIMIZER.NAME" in keys_of(changes):
         raise UserError(
             "the checkpoint is of a run with another optimizer (TRAIN.OPTIMIZER.NAME): start from its weights with "
             "--pretrained and another --tag"
