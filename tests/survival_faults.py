@@ -13,7 +13,7 @@ Moments, with P a place for an update, counted from 0 over the whole run:
     moved FILE      it has been moved there
     removing FILE   it is about to be removed
 Actions:
-    kill            SIGKILL comes
+    kill            SIGKILL comes; between checkpoints only, unless the moment is one of their writing
     nan             the network answers with no numbers in that step
     hang            nothing happens any more, until SIGTERM or SIGKILL
     hold            nothing happens until a file MARK.go is there
@@ -26,6 +26,7 @@ import runpy
 import select
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import utils.seeding  # noqa: E402
 from models.groupmixformer import GroupMixFormer  # noqa: E402
+from utils.writer import BackgroundWriter  # noqa: E402
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -50,6 +52,7 @@ class Faults:
         self.faults = [fault for fault in faults if fault["rank"] == RANK]
         self.place = self.scored = 0
         self.spoil = False
+        self.writer = None
 
     def reach(self, moment):
         for fault in self.faults:
@@ -65,6 +68,8 @@ class Faults:
         getattr(self, action)(mark)
 
     def kill(self, mark):
+        if self.writer and threading.current_thread() is threading.main_thread():
+            self.writer.wait()  # so that what the next start goes on from does not depend on the machine's speed
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -125,6 +130,7 @@ def checkpoint_being_written():
 def patch(faults):
     """Lets the moments of training, scoring and writing be told."""
     number_for, save, replace, unlink = utils.seeding.number_for, torch.save, Path.replace, Path.unlink
+    submit = BackgroundWriter.submit
 
     def telling_number_for(seed, purpose, *where):
         if purpose == "step":
@@ -142,6 +148,10 @@ def patch(faults):
         faults.reach(f"removing {path.name}")
         unlink(path, *args, **kwargs)
 
+    def telling_submit(writer, job):
+        faults.writer = writer
+        submit(writer, job)
+
     def before_forward(module, _inputs):
         if isinstance(module, GroupMixFormer) and not module.training:
             faults.scored += 1
@@ -156,6 +166,7 @@ def patch(faults):
     utils.seeding.number_for = telling_number_for
     torch.save = lambda state, file: save(state, HalfWritten(file, faults, checkpoint_being_written()))
     Path.replace, Path.unlink = telling_replace, telling_unlink
+    BackgroundWriter.submit = telling_submit
     register_module_forward_pre_hook(before_forward)
     register_module_forward_hook(after_forward)
     register_optimizer_step_pre_hook(lambda *_: faults.reach(f"update {faults.place}"))
