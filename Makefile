@@ -31,7 +31,7 @@ demo-segmentation: .venv/.installed
 	$(BIN)/python segmentation/test.py --cfg configs/segmentation/scenes.yaml --data-path $(SCENES)/ade \
 	  --resume $(SEGMENTATION)/best.pth --save-pictures $(SEGMENTATION)/pictures
 	@echo
-	@echo "pictures    $(SEGMENTATION)/pictures/overview.png, and one of each of the first scenes beside it"
+	@echo "pictures    $(SEGMENTATION)/pictures/overview.png, and comparisons/ of the first scenes beside it"
 	@echo "curves      $(SEGMENTATION)/curves.png"
 	@echo "checkpoint  $(SEGMENTATION)/best.pth"
 
@@ -43,7 +43,7 @@ demo-detection: .venv/.installed
 	$(BIN)/python detection/test.py --cfg configs/detection/scenes.yaml --data-path $(SCENES)/coco \
 	  --resume $(DETECTION)/best.pth --save-pictures $(DETECTION)/pictures
 	@echo
-	@echo "pictures    $(DETECTION)/pictures/overview.png, and one of each of the first scenes beside it"
+	@echo "pictures    $(DETECTION)/pictures/overview.png, and comparisons/ of the first scenes beside it"
 	@echo "curves      $(DETECTION)/curves.png"
 	@echo "checkpoint  $(DETECTION)/best.pth"
 

@@ -29,8 +29,8 @@ _COLOURS = colormaps["tab10"].colors + colormaps["Dark2"].colors
 def save_pictures(
     folder: Path, images: Path, coco: COCO, results: Sequence[dict[str, Any]], most: int, least_score: float
 ) -> None:
-    """Writes a picture of each of the first images, what is in it on the left and what was found on the right, and an
-    overview of the first few.
+    """Writes comparisons/<name>.png of each of the first images, what is in it on the left and what was found on the
+    right, and overview.png of the first few.
 
     Args:
         folder: Where to.
@@ -43,8 +43,9 @@ def save_pictures(
     Raises:
         UserError: If they cannot be written.
     """
+    comparisons = folder / "comparisons"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        comparisons.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}): name another folder") from None
     found = defaultdict(list)
@@ -57,7 +58,8 @@ def save_pictures(
         sides = [draw(pixels, marks, names) for marks in (coco.imgToAnns[entry["id"]], found[entry["id"]])]
         white = torch.full((3, sides[0].shape[1], _BETWEEN), 255, dtype=torch.uint8)
         pairs.append(torch.cat([sides[0], white, sides[1]], dim=2))
-        write_png(F.to_pil_image(pairs[-1]), folder / f"{Path(entry['file_name']).stem}.png")
+        name = str(Path(entry["file_name"]).with_suffix(".png")).strip("/").replace("/", "-")
+        write_png(F.to_pil_image(pairs[-1]), comparisons / name)
     cells = [_fit(pair) for pair in pairs[: _COLUMNS * _ROWS]]
     sheet = make_grid(cells, min(_COLUMNS, len(cells)), padding=_BETWEEN, pad_value=255)
     write_png(F.to_pil_image(sheet), folder / "overview.png")

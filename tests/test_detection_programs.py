@@ -98,9 +98,10 @@ def test_scoring_writes_what_it_says_in_every_form(call, scoring_words, coco_tre
     assert [row["class"] for row in rows] == ["square", "disc", "bar"]
     assert [float(row["box_ap"]) for row in rows] == pytest.approx(again.box_ap_of_classes, nan_ok=True)
 
-    names = sorted(path.name for path in pictures.iterdir())
-    assert names == [*(f"{number:03d}.png" for number in range(5)), "overview.png"]
-    with Image.open(pictures / "000.png") as picture:
+    assert sorted(path.name for path in pictures.iterdir()) == ["comparisons", "overview.png"]
+    names = sorted(path.name for path in (pictures / "comparisons").iterdir())
+    assert names == [f"{number:03d}.png" for number in range(5)]
+    with Image.open(pictures / "comparisons" / "000.png") as picture:
         left = picture.crop((0, 0, picture.width // 2, picture.height))
         right = picture.crop((picture.width - left.width, 0, picture.width, picture.height))
         assert left.tobytes() != right.tobytes()
