@@ -285,6 +285,11 @@ def test_nothing_is_left_of_a_file_whose_writing_was_interrupted(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_names_of_files_that_are_no_text_are_written_as_they_are(tmp_path):
+    checkpoint.write_text(tmp_path / "names.txt", os.fsdecode(b"caf\xe9.png"))
+    assert (tmp_path / "names.txt").read_bytes() == b"caf\xe9.png"
+
+
 def test_text_goes_through_a_link_and_leaves_it(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
     checkpoint.write_text(tmp_path / "link", "text")

@@ -1,6 +1,7 @@
 """Console, log file, metrics.jsonl, TensorBoard events and the curves drawn from them."""
 
 import errno
+import io
 import json
 import logging
 import math
@@ -59,6 +60,15 @@ def test_rank_0_writes_to_the_console_and_the_file(tmp_path, capsys, logging_bac
     logging.getLogger("train").info("learning %d", 3)
     assert capsys.readouterr().out.endswith(" learning 3\n")
     assert (tmp_path / "log_rank0.txt").read_text().endswith(" learning 3\n")
+
+
+def test_names_that_are_no_text_are_told_of_in_codes(tmp_path, monkeypatch, logging_back):
+    strict = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", strict)
+    setup_logging(True, tmp_path)
+    logging.getLogger().warning("%s is broken", os.fsdecode(b"caf\xe9.png"))
+    told = strict.buffer.getvalue().decode(), (tmp_path / "log_rank0.txt").read_text(encoding="utf-8")
+    assert all(text.endswith(" caf\\udce9.png is broken\n") for text in told)
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys, logging_back):

@@ -39,6 +39,7 @@ from tools.predictions import Prediction, draw_sheet, name_classes, write_csv, w
 from utils.cli import Parser, check_report, run  # noqa: E402
 from utils.dist import choose_device  # noqa: E402
 from utils.errors import UserError  # noqa: E402
+from utils.logger import say  # noqa: E402
 from utils.optim import Precision, memory_format  # noqa: E402
 from utils.signals import ignore_stop_signals  # noqa: E402
 from utils.trained import Trained, add_trained_arguments, trained_from  # noqa: E402
@@ -139,12 +140,6 @@ def build_loader(paths: list[Path], config: CfgNode, batch_size: int, workers: i
         worker_init_fn=ignore_stop_signals,
         pin_memory=device.type == "cuda",
     )
-
-
-def say(line: str) -> None:
-    """Prints a line above the progress bar; letters that the terminal lacks are printed as codes."""
-    encoding = sys.stdout.encoding or "utf-8"
-    tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def main() -> None:

@@ -144,11 +144,15 @@ def write_text(path: Path, text: str) -> None:
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         try:
-            path.write_text(text)
+            _write_utf8(path, text)
         except OSError as error:
             raise _not_written(path, error) from None
     else:
-        write_beside(path, lambda beside: beside.write_text(text))
+        write_beside(path, lambda beside: _write_utf8(beside, text))
+
+
+def _write_utf8(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names may be of any bytes
 
 
 def _not_written(path: Path, error: Exception) -> UserError:

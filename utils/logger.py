@@ -21,7 +21,12 @@ from utils.errors import UserError
 from utils.tracking import Tracker
 
 _FORMAT = "%(asctime)s %(message)s"
-_MOST_EARLY_LINES = 1000
+
+
+def say(line: str) -> None:
+    """Prints a line above the progress bar; letters that the terminal lacks are printed as codes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -34,25 +39,27 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if not (self._has_bar and getattr(record, "progress", False)):
             with suppress(OSError):  # a terminal that was closed
-                tqdm.write(self.format(record), file=sys.stdout)
+                say(self.format(record))
                 sys.stdout.flush()
 
 
 def setup_logging(is_main: bool, folder: Path | None = None) -> None:
     """Sends log lines to the console and to log_rank0.txt in a folder; of other ranks only errors pass.
 
+    Lines of a program that knows its folder later are kept until then.
+
     Args:
         is_main: Whether this is rank 0.
         folder: Where the file goes, if anywhere.
     """
     root, formatter = logging.getLogger(), logging.Formatter(_FORMAT, datefmt="%Y-%m-%d %H:%M:%S")
-    kept: logging.Handler = MemoryHandler(_MOST_EARLY_LINES, flushLevel=logging.CRITICAL + 1)
+    kept: logging.Handler = MemoryHandler(0, flushLevel=logging.CRITICAL + 1)  # without a target it keeps all
     if is_main and folder:
         kept = _FileHandler(folder / "log_rank0.txt")
         kept.setFormatter(formatter)
     for handler in list(root.handlers):
         if isinstance(handler, MemoryHandler) and isinstance(kept, _FileHandler):
-            handler.setTarget(kept)  # what was said before the folder was known
+            handler.setTarget(kept)
         root.removeHandler(handler)
         handler.close()
     console = _ConsoleHandler(has_bar=sys.stderr.isatty())
@@ -65,6 +72,9 @@ def setup_logging(is_main: bool, folder: Path | None = None) -> None:
 
 class _FileHandler(logging.FileHandler):
     """Writes a log file; a full disk is told of by what is written beside it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Says nothing."""
@@ -139,7 +149,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; none if it is not there. A last line cut short by a kill is left out."""
+    """The lines of a metrics.jsonl; none if it is not there. Lines cut short by a kill are left out."""
     if not path.is_file():
         return []
     lines = []
