@@ -405,6 +405,15 @@ def test_run_resumed_in_another_folder_has_a_best_checkpoint(whole, train_long, 
     assert run.checkpoint("best.pth")["best"] == run.checkpoint("last.pth")["best"]
 
 
+def test_best_epoch_of_another_run_is_not_taken_for_that_of_the_run_resumed(whole, train_long, tmp_path):
+    folder = whole.stopped_after(EPOCHS, tmp_path)
+    other = whole.checkpoint("best.pth")
+    checkpoint.save({**other, "best": {**other["best"], "acc1": 99.0}}, folder / "best.pth")
+    run = train_long(tmp_path, "--resume", whole.folder / "ckpt_epoch_3.pth")
+    assert run.checkpoint("best.pth")["best"] == run.checkpoint("last.pth")["best"]
+    assert run.checkpoint("best.pth")["best"]["epoch"] == EPOCHS - 1
+
+
 @pytest.mark.slow
 def test_killed_run_goes_on_as_if_it_had_not_been(
     whole, train_long, tmp_path, tree, tiny_config, everything_random, user_environment, differences

@@ -76,7 +76,7 @@ class Training:
 
 
 class Watch:
-    """What the training loop tells, and asks, between updates; as it stands here it does nothing."""
+    """What the training loop tells, and asks, between updates; as it stands here it stops at broken images."""
 
     def alarm(self) -> tuple[int, bool]:
         """The signal that asks this rank to stop, or 0; and whether this rank failed to write something."""

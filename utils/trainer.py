@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,6 +82,7 @@ def train(config: CfgNode, here: World, precision: Precision, task: Task) -> Non
             _log.info(
                 "going on from %s, epoch %d, update %d", found.path, training.progress.epoch, training.progress.place
             )
+            found.state.clear()  # all of it is in place, and would fill memory for as long as the run lasts
         log_plan(config, training, eval_data.images)
         try:
             run_epochs(config, task, training, train_data, eval_data, keeper)
@@ -175,7 +177,7 @@ def open_run(
         at = training.progress
         checkpoint.remove_after(folder, at.epoch, at.place, keep=bool(config.MODEL.RESUME))
         checkpoint.write_text(folder / "config.yaml", config.dump())
-    best = found.state["best"] if found and (folder / checkpoint.BEST).is_file() else None  # the best of this folder
+    best = known_best(found, folder) if found else None
     broken = BrokenImages(
         config.DATA.ON_ERROR == "skip", config.DATA.MAX_BROKEN, train_data.images, folder if is_main else None
     )
@@ -183,6 +185,15 @@ def open_run(
     if config.TRAIN.ON_NONFINITE == "skip" and not checkpoint.holds_run(folder):
         keeper.save()  # to go back to
     return keeper
+
+
+def known_best(found: Found, folder: Path) -> dict[str, Any] | None:
+    """The best epoch before the checkpoint that a run goes on from, if the run's folder has that epoch's weights."""
+    best, path = found.state["best"], folder / checkpoint.BEST
+    if not path.is_file():
+        return None
+    is_of_folder = found.path.resolve().parent == folder.resolve()
+    return best if is_of_folder or checkpoint.load(path).get("best") == best else None
 
 
 def run_epochs(
