@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
 
-from utils.cli import check_report, config_from, make_parser, run
+from utils.cli import add_weights_flags, check_report, config_from, make_parser, run
 from utils.config import check_to_score
 from utils.errors import UserError
 
@@ -28,15 +28,14 @@ _log = logging.getLogger(__name__)
 def main() -> None:
     """Parses, then scores or measures."""
     parser = make_parser("Score a checkpoint on the validation data.")
-    parser.add_argument("--ema", action="store_true", help="score the checkpoint's moving average")
-    parser.add_argument("--random-weights", action="store_true", help="score a network that knows nothing")
+    add_weights_flags(parser)
     parser.add_argument("--fuse", action="store_true", help="rewrite the network for inference first (models/fuse.py)")
     parser.add_argument("--json", metavar="FILE", help="write the score there too")
     parser.add_argument(
         "--report", metavar="DIR", help="write the score of each class, confusion, calibration and mistakes there"
     )
     arguments = parser.parse_args()
-    config = config_from(arguments, check=check_to_score)
+    config = config_from(arguments, check=check_to_score, scores=True)
     check_report(Path(arguments.json) if arguments.json else None)
     if arguments.report and config.THROUGHPUT_MODE:
         raise UserError("--report tells of a score, and --throughput makes none: leave one of them out")
@@ -93,10 +92,10 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
                 result.images, result.correct1, result.correct5, result.loss, scored.images_per_s, precision.name,
                 here.size, here.device.type,
             )  # fmt: skip
-            if arguments.json:
-                write_text(Path(arguments.json), json.dumps(facts, indent=2) + "\n")
         outcomes = sums.outcomes() if sums else None
         with together():
+            if arguments.json and here.is_main:
+                write_text(Path(arguments.json), json.dumps(facts, indent=2) + "\n")
             if outcomes and here.is_main:
                 report_on(outcomes, scored, config, facts, folder)
 

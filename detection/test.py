@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from yacs.config import CfgNode
 
 from detection.config import check, default_config
-from utils.cli import check_pictures, check_report, config_from, make_parser, run
+from utils.cli import add_weights_flags, check_pictures, check_report, config_from, make_parser, run
 
 if TYPE_CHECKING:
     from detection.metrics import BoxScore
@@ -33,8 +33,7 @@ _log = logging.getLogger(__name__)
 def main() -> None:
     """Parses, then scores."""
     parser = make_parser(__doc__, data="folder of the images' folders and of annotations/")
-    parser.add_argument("--ema", action="store_true", help="score the checkpoint's moving average")
-    parser.add_argument("--random-weights", action="store_true", help="score a network that knows nothing")
+    add_weights_flags(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the score there too")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="write each class's AP there, as CSV")
     parser.add_argument(
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=24, metavar="N", help="of so many images (24)")
     parser.add_argument("--min-score", type=float, default=0.5, metavar="S", help="draw what is at least so sure (0.5)")
     arguments = parser.parse_args()
-    config = config_from(arguments, default_config, check)
+    config = config_from(arguments, default_config, check, scores=True)
     for flag in ("json", "classes", "detections"):
         check_report(getattr(arguments, flag), f"--{flag}")
     check_pictures(arguments.save_pictures, arguments.pictures)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from yacs.config import CfgNode  # noqa: E402
 
 from segmentation.config import check, default_config  # noqa: E402
-from utils.cli import check_pictures, check_report, config_from, make_parser, run  # noqa: E402
+from utils.cli import add_weights_flags, check_pictures, check_report, config_from, make_parser, run  # noqa: E402
 
 _log = logging.getLogger(__name__)
 
@@ -36,14 +36,13 @@ def main() -> None:
     )
     parser.add_argument("--save-pictures", type=Path, metavar="DIR", help="write label maps and comparisons there")
     parser.add_argument("--pictures", type=int, default=24, metavar="N", help="compare the first so many images (24)")
-    parser.add_argument("--ema", action="store_true", help="score the checkpoint's moving average")
-    parser.add_argument("--random-weights", action="store_true", help="score a network that knows nothing")
+    add_weights_flags(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the score there too")
     arguments = parser.parse_args()
     for flag, key in (("multi_scale", "TEST.MULTI_SCALE"), ("sliding_window", "TEST.SLIDING_WINDOW")):
         if getattr(arguments, flag):
             arguments.opts = [*(arguments.opts or []), key, "True"]
-    config = config_from(arguments, default_config, check)
+    config = config_from(arguments, default_config, check, scores=True)
     check_report(arguments.json)
     check_pictures(arguments.save_pictures, arguments.pictures)
     score(arguments, config)

@@ -261,6 +261,26 @@ def test_random_weights_are_scored_where_asked_for(report):
     assert report("--random-weights")["images"] == 17
 
 
+@pytest.mark.parametrize("also", [["--ema"], ["--resume", __file__], ["--pretrained", __file__]])
+def test_random_weights_are_not_called_by_the_name_of_others(score, also):
+    (error,) = score("--random-weights", *also, code=2).errors
+    assert "--random-weights" in error
+    assert str(also[-1]) in error
+
+
+@pytest.mark.slow
+def test_what_a_run_began_with_is_not_scored_with_its_configuration(trained, weights, tree, call, tmp_path):
+    config = (trained.folder / "config.yaml").read_text().replace("PRETRAINED: ''", "PRETRAINED: moved.pth")
+    assert "moved.pth" in config
+    (tmp_path / "config.yaml").write_text(config)
+    words = ["test.py", "--cfg", tmp_path / "config.yaml", "--data-path", tree]
+    result = call(*words, "--resume", weights)
+    assert result.code == 0, result.stderr
+    assert f"scoring {weights}" in result.stdout
+    (error,) = call(*words).errors
+    assert error.startswith("no weights to score")
+
+
 @pytest.mark.slow
 def test_two_files_of_weights_are_refused(weights, score):
     (error,) = score("--resume", weights, "--pretrained", weights, code=2).errors

@@ -92,10 +92,17 @@ def make_parser(description: str, data: str = "folder that holds train/ and val/
     return parser
 
 
+def add_weights_flags(parser: Parser) -> None:
+    """The flags of a program that scores, which say what of the named weights is to be scored."""
+    parser.add_argument("--ema", action="store_true", help="score the checkpoint's moving average")
+    parser.add_argument("--random-weights", action="store_true", help="score a network that knows nothing")
+
+
 def config_from(
     arguments: argparse.Namespace,
     defaults: Callable[[], CfgNode] = default_config,
     check: Callable[[CfgNode], None] = check,
+    scores: bool = False,
 ) -> CfgNode:
     """The checked configuration: file, then --opts, then flags, each overriding what came before.
 
@@ -103,6 +110,7 @@ def config_from(
         arguments: What `make_parser` parsed.
         defaults: Gives all keys of the task.
         check: Refuses values that cannot work.
+        scores: Whether the program scores, and has the flags of `add_weights_flags`.
 
     Raises:
         UserError: If the file, a key, a value or a flag is wrong.
@@ -114,6 +122,8 @@ def config_from(
     if arguments.model_file not in (None, _MODEL_FILE):
         raise UserError(f"--model-file {arguments.model_file}: the network is in {_MODEL_FILE}; leave the flag out")
     config = load_config(arguments.cfg, defaults)
+    if scores or arguments.eval:  # what a run began with is not what is to be scored with its config.yaml
+        config.MODEL.RESUME = config.MODEL.PRETRAINED = ""
     merge_options(config, arguments.opts or [])
     for flag, name in _KEYS.items():
         value = getattr(arguments, flag)
@@ -128,6 +138,10 @@ def config_from(
     for path in (config.MODEL.RESUME, config.MODEL.PRETRAINED):
         if path and not Path(path).is_file():
             raise UserError(f"{path} is no file: name a checkpoint")
+        if path and scores and arguments.random_weights:
+            raise UserError(f"--random-weights scores a network that knows nothing, not {path}: leave one of them out")
+    if scores and arguments.random_weights and arguments.ema:
+        raise UserError("--random-weights has no moving average: leave --ema out")
     return config
 
 

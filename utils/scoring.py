@@ -116,6 +116,7 @@ def read_weights(config: CfgNode, random_weights: bool) -> tuple[str | None, dic
     if random_weights:
         return None, {}
     source = weights_file(config)
+    _log.info("scoring %s", source)
     state = checkpoint.load(source)
     is_ours = "checksum" in state  # others' checkpoints may call anything a configuration
     changes = differences(config, state["config"]) if is_ours and state.get("config") else []
