@@ -493,17 +493,14 @@ def flatten(config: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def differences(config: CfgNode, text: str) -> list[str]:
-    """The keys in which a configuration differs from one saved as YAML text, as 'KEY: saved -> now'.
+def differences(config: CfgNode, text: str) -> dict[str, str]:
+    """The keys in which a configuration differs from one saved as YAML text, and in words, 'KEY: saved -> now'.
 
     Of the keys that tasks share, those that are newer than the saved one had their defaults.
     """
     defaults = dict(flatten(default_config()))
     saved = {name: defaults[name] for name, _ in flatten(config) if name in defaults}
     saved |= dict(flatten(CfgNode(yaml.safe_load(text))))
-    return [f"{name}: {saved.get(name)} -> {value}" for name, value in flatten(config) if saved.get(name) != value]
-
-
-def keys_of(changes: list[str]) -> set[str]:
-    """The dotted names in what `differences` gives."""
-    return {change.partition(":")[0] for change in changes}
+    return {
+        name: f"{name}: {saved.get(name)} -> {value}" for name, value in flatten(config) if saved.get(name) != value
+    }

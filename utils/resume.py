@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 
 from models.build import load_weights
 from utils import checkpoint
-from utils.config import accumulation_steps, differences, keys_of
+from utils.config import accumulation_steps, differences
 from utils.dist import World, gather_objects, together
 from utils.engine import Training
 from utils.errors import UserError, listing
@@ -91,7 +91,7 @@ def _run_started_from(config: CfgNode, folder: Path) -> Found | None:
     except UserError:  # the named file may be there to replace what is damaged
         return None
     saved = newest[1].get("config") if newest else None
-    if saved and "MODEL.RESUME" not in keys_of(differences(config, saved)):
+    if saved and "MODEL.RESUME" not in differences(config, saved):
         return Found(*newest)
     return None
 
@@ -106,11 +106,11 @@ def _check_same_run(config: CfgNode, found: Found, here: World) -> None:
         another = "" if config.MODEL.RESUME else "choose another --tag, or "
         elastic = (
             f", or --elastic to keep {progress['images_per_update']} images an update"
-            if keys_of(changes) <= _KEYS_OF_THE_BATCH
+            if changes.keys() <= _KEYS_OF_THE_BATCH
             else ""
         )
         raise UserError(
-            f"{found.path} is of a run with other settings ({listing(changes, 20)}): {another}"
+            f"{found.path} is of a run with other settings ({listing(list(changes.values()), 20)}): {another}"
             f"add --allow-changes to go on with these{elastic}"
         )
     if progress["ranks"] != here.size and not config.TRAIN.ELASTIC:
@@ -120,13 +120,13 @@ def _check_same_run(config: CfgNode, found: Found, here: World) -> None:
         )
 
 
-def _changes(config: CfgNode, state: dict[str, Any]) -> list[str]:
+def _changes(config: CfgNode, state: dict[str, Any]) -> dict[str, str]:
     free = set(_FREE_KEYS)
     if config.TRAIN.ELASTIC:
         free |= _KEYS_OF_THE_BATCH
     if config.MODEL.RESUME:
         free.add("MODEL.PRETRAINED")  # whose weights the checkpoint's take the place of
-    return [change for change in differences(config, state["config"]) if not keys_of([change]) <= free]
+    return {key: change for key, change in differences(config, state["config"]).items() if key not in free}
 
 
 def check_classes(found: Found, classes: list[str] | None) -> None:
@@ -172,7 +172,7 @@ def fit_to_ranks(config: CfgNode, found: Found | None, here: World) -> CfgNode:
         )
     fitted = config.clone()
     fitted.TRAIN.ACCUMULATION_STEPS = images // at_once
-    if saved["ranks"] != here.size or keys_of(differences(fitted, found.state["config"])) & _KEYS_OF_THE_BATCH:
+    if saved["ranks"] != here.size or differences(fitted, found.state["config"]).keys() & _KEYS_OF_THE_BATCH:
         _log.warning(
             "going on with %d rank(s) instead of %d, in %d step(s) an update: images an update, order and learning "
             "rate stay; erasing, drop path, mixup, batch norms and rounding are no longer those of one whole run",
@@ -239,14 +239,14 @@ def restore(state: dict[str, Any], training: Training, config: CfgNode) -> None:
         UserError: If the checkpoint is of another network, optimizer, or length of an epoch.
     """
     if changes := _changes(config, state):
-        _log.warning(f"settings differ from those it was trained with: {listing(changes, 20)}")
+        _log.warning(f"settings differ from those it was trained with: {listing(list(changes.values()), 20)}")
     updates = state["progress"]["updates_per_epoch"]
     if updates != training.steps.updates_per_epoch:
         raise UserError(
             f"the checkpoint has {updates} updates an epoch and this run {training.steps.updates_per_epoch}: "
             "use the same data, batch size, accumulation and number of ranks"
         )
-    if "TRAIN.OPTIMIZER.NAME" in keys_of(changes):
+    if "TRAIN.OPTIMIZER.NAME" in changes:
         raise UserError(
             "the checkpoint is of a run with another optimizer (TRAIN.OPTIMIZER.NAME): start from its weights with "
             "--pretrained and another --tag"

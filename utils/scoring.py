@@ -14,7 +14,7 @@ from data.build import EvalData, build_eval_data
 from models.build import build_model, load_weights
 from models.fuse import fuse
 from utils import checkpoint
-from utils.config import KEYS_OF_ANSWERS, differences, keys_of
+from utils.config import KEYS_OF_ANSWERS, differences
 from utils.dist import World, together
 from utils.engine import evaluate
 from utils.errors import UserError, listing
@@ -119,9 +119,9 @@ def read_weights(config: CfgNode, random_weights: bool) -> tuple[str | None, dic
     _log.info("scoring %s", source)
     state = checkpoint.load(source)
     is_ours = "checksum" in state  # others' checkpoints may call anything a configuration
-    changes = differences(config, state["config"]) if is_ours and state.get("config") else []
-    if changes := [change for change in changes if keys_of([change]) <= KEYS_OF_ANSWERS]:
-        _log.warning("%s was trained with other settings: %s", source, listing(changes, 20))
+    changes = differences(config, state["config"]) if is_ours and state.get("config") else {}
+    if told := [change for key, change in changes.items() if key in KEYS_OF_ANSWERS]:
+        _log.warning("%s was trained with other settings: %s", source, listing(told, 20))
     return source, state
 
 
