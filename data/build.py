@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 from yacs.config import CfgNode
 
 from data.datasets import ImageSamples, ImageStream, Sample, Source, check_same_classes, map_classes, open_split
-from data.finish import Finish
+from data.finish import Normalize
 from data.samplers import EvalSampler, TrainBatchSampler
 from data.transforms import eval_transform, train_transform
 from utils.config import mixes
@@ -68,7 +68,7 @@ class EvalData:
     """
 
     loader: DataLoader
-    finish: Finish
+    finish: Callable[[Any], Any]
     classes: list[str] | None
     images: int
     rounds: int
@@ -144,7 +144,7 @@ def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_
     data, transform = config.DATA, eval_transform(config)
     source = open_split(config, data.VAL_SPLIT, is_training=False)
     if isinstance(source, IterableImageDataset):
-        finish = Finish(config, world.device, is_training=False)
+        finish = Normalize(config, world.device)
         source.set_loader_cfg(num_workers=_workers(config, world))
         stream = ImageStream(source, transform, world, seed=None)
         if stream.classes is not None and known is not None:
@@ -167,7 +167,7 @@ def eval_data(samples: ImageSamples, config: CfgNode, world: World) -> EvalData:
     sampler = EvalSampler(len(source), world.rank, world.size)
     loader = DataLoader(samples, batch_size, sampler=sampler, **loader_settings(config, world))
     rounds = math.ceil(len(source) // world.size / batch_size)
-    finish = Finish(config, world.device, is_training=False)
+    finish = Normalize(config, world.device)
     return EvalData(loader, finish, source.classes, len(source), rounds)
 
 

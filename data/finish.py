@@ -1,4 +1,4 @@
-"""What is done to a whole batch once it is on the device: normalisation, and in training random erasing.
+"""What is done to a whole batch once it is on the device: normalisation, and to train classifiers random erasing.
 
 Batches come as 8-bit pixels, a quarter of the bytes to copy between processes and to the device.
 """
@@ -32,25 +32,21 @@ class Normalize:
         return images.div_(self._white).sub_(self._mean).div_(self._std)
 
 
-class Finish(Normalize):
-    """8-bit images [B, C, H, W] -> the network's input.
+class NormalizeAndErase(Normalize):
+    """8-bit images [B, C, H, W] -> normalised ones, rectangles of which are erased at random.
 
-    Erasing draws from the generators as they stand, so whoever calls in training seeds them for the step.
+    Erasing draws from the generators as they stand, so whoever calls seeds them for the step.
 
     Args:
         config: The configuration.
         device: Where the images are.
-        is_training: Whether to erase.
     """
 
-    def __init__(self, config: CfgNode, device: torch.device, is_training: bool) -> None:
+    def __init__(self, config: CfgNode, device: torch.device) -> None:
         super().__init__(config, device)
         aug = config.AUG
-        self._erase = RandomErasing(
-            aug.REPROB if is_training else 0.0, mode=aug.REMODE, max_count=aug.RECOUNT, device=device
-        )
+        self._erase = RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, device=device)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalises, and erases."""
-        images = super().__call__(images)
-        return self._erase(images) if self._erase.probability else images
+        return self._erase(super().__call__(images))

@@ -151,7 +151,7 @@ def fine(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Batch]:
 
 
 def untouched(images: Tensor) -> Tensor:
-    """Stands for `Finish` where batches are what the network takes."""
+    """Stands for `Normalize` where batches are what the network takes."""
     return images
 
 

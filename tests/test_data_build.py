@@ -359,7 +359,7 @@ def test_memory_is_pinned_for_a_gpu_where_asked_for(root, pinned, monkeypatch):
     world = World(0, 1, torch.device("cuda", 0))
     config = small_data_config(root, DATA__PIN_MEMORY=pinned)
     assert build_train_data(config, world).loader.pin_memory is pinned
-    monkeypatch.setattr("data.build.Finish", mock.Mock())  # puts its numbers on the GPU
+    monkeypatch.setattr("data.build.Normalize", mock.Mock())  # puts its numbers on the GPU
     assert build_eval_data(config, world, None, None).loader.pin_memory is pinned
 
 

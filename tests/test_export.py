@@ -16,7 +16,7 @@ from helpers_unit import ROOT, configured, handle
 from PIL import Image
 
 import tools.exporting.timm_folder
-from data.finish import Finish
+from data.finish import Normalize
 from data.transforms import eval_transform
 from models import GroupMixFormer
 from tools.exporting.capture import capture
@@ -231,7 +231,7 @@ def test_timm_makes_the_networks_input_of_an_image(export, trained_file, tmp_pat
     trained = load_trained(trained_file)
     ours = eval_transform(trained.config)
     pixels = ours.augment(ours.decode(Image.open(path)))
-    finish = Finish(trained.config, torch.device("cpu"), is_training=False)
+    finish = Normalize(trained.config, torch.device("cpu"))
     assert torch.equal(transform(Image.open(path)), finish(pixels[None])[0])
 
 

@@ -13,7 +13,7 @@ from helpers_unit import CPU, configured, noise, write_folder
 from PIL import Image
 
 from data.files import find_images, image_suffixes, spread
-from data.finish import Finish
+from data.finish import Normalize
 from data.transforms import eval_transform
 from models.build import build_model
 from tools.predict import predict
@@ -123,7 +123,7 @@ def test_probabilities_are_the_softmax_of_each_image_by_itself(predicted, folder
     report, _ = predicted(folder)
     assert len(report["images"]) == 7
     for image in report["images"]:
-        transform, finish = eval_transform(config), Finish(config, CPU, is_training=False)
+        transform, finish = eval_transform(config), Normalize(config, CPU)
         pixels = transform.augment(transform.decode(Image.open(image["path"])))
         with torch.inference_mode():
             wanted = network(finish(pixels[None])).softmax(dim=1)[0].tolist()

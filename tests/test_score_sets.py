@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from data.finish import Finish
+from data.finish import Normalize
 from models.build import build_model
 from tools.imagenet_sets.corruption_error import (
     ALEXNET_CLEAN_ERROR,
@@ -418,7 +418,7 @@ def test_corrupted_images_stay_whole_unless_they_are_to_be_cropped(tmp_path, cro
     (tmp_path / SYNSETS[5]).mkdir()
     image.save(tmp_path / SYNSETS[5] / "image.png")
     folders, network = ClassFolders(tmp_path, [SYNSETS[5]]), Recorder()
-    scorer, norm = scorer_of(network, crop_corrupted=crop), Finish(small_config(), CPU, is_training=False)
+    scorer, norm = scorer_of(network, crop_corrupted=crop), Normalize(small_config(), CPU)
     scorer.classes(folders, is_corrupted=True)
     corrupted = network.images
     assert torch.equal(corrupted, norm(pil_to_tensor(image)[None])) != crop
@@ -469,7 +469,7 @@ def weights(shared):
         config = small_config()
         network = build_model(config, 1000).eval()
         order = torch.randperm(1000).tolist()
-        data, norm = config.DATA, Finish(config, CPU, is_training=False)
+        data, norm = config.DATA, Normalize(config, CPU)
         images = torch.tensor([shade(number) for number in order], dtype=torch.uint8)[:, :, None, None]
         with torch.inference_mode():
             features = network.forward_features(norm(images.expand(-1, -1, data.IMG_SIZE, data.IMG_SIZE)))

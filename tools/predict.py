@@ -32,7 +32,7 @@ from yacs.config import CfgNode  # noqa: E402
 from data.build import available_cores, collate  # noqa: E402
 from data.datasets import ImageSamples  # noqa: E402
 from data.files import FileSource, find_images, spread  # noqa: E402
-from data.finish import Finish  # noqa: E402
+from data.finish import Normalize  # noqa: E402
 from data.transforms import eval_transform  # noqa: E402
 from models.fuse import fuse  # noqa: E402
 from tools.predictions import Prediction, draw_sheet, name_classes, write_csv, write_json  # noqa: E402
@@ -156,7 +156,7 @@ def main() -> None:
     network.to(device, memory_format=memory_format(trained.config))
     precision = Precision(arguments.precision, device.type)
     loader = build_loader(paths, trained.config, arguments.batch_size, arguments.workers, device)
-    finish = Finish(trained.config, device, is_training=False)
+    finish = Normalize(trained.config, device)
     predictions = []
     rows = predict(network, loader, finish, precision, device, topk)
     for path, (numbers, probabilities, complaint) in zip(tqdm(paths, unit=" images", disable=None), rows, strict=True):

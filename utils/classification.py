@@ -6,7 +6,7 @@ from yacs.config import CfgNode
 
 from data.build import EvalData, TrainData, build_eval_data, build_mixup, build_train_data
 from data.datasets import check_same_classes, count_classes
-from data.finish import Finish
+from data.finish import NormalizeAndErase
 from models.build import build_model, compile_blocks, load_pretrained
 from models.groupmixformer import GroupMixFormer
 from utils.dist import World
@@ -24,7 +24,7 @@ def classification() -> Task:
         build_network=_build_network,
         load_to_start=load_pretrained,
         build_loss=_build_loss,
-        build_finish=_build_finish,
+        build_finish=NormalizeAndErase,
         build_batch_transform=_build_batch_transform,
         build_sums=_build_sums,
         compile=compile_blocks,
@@ -50,10 +50,6 @@ def _build_loss(config: CfgNode) -> nn.Module:
     if not distill.TEACHER:
         return loss
     return DistillationLoss(loss, distill.ALPHA, distill.TEMPERATURE, hard=distill.KIND == "hard")
-
-
-def _build_finish(config: CfgNode, device: torch.device) -> Finish:
-    return Finish(config, device, is_training=True)
 
 
 def _build_batch_transform(config: CfgNode, network: GroupMixFormer, precision: Precision) -> Mix | None:

@@ -24,7 +24,7 @@ class Trained:
 
     Attributes:
         network: In evaluation mode, on the CPU.
-        config: What it was trained with; `eval_transform` and `Finish` make its input from images by it.
+        config: What it was trained with; `eval_transform` and `Normalize` make its input from images by it.
         classes: Class names by number, as folders are called, or None where the checkpoint does not tell.
         labels: What people call each class, by number.
         state: The whole checkpoint.

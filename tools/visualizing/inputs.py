@@ -11,7 +11,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from yacs.config import CfgNode
 
 from data.files import find_images, spread
-from data.finish import Finish
+from data.finish import Normalize
 from data.transforms import Transform, eval_transform
 from utils.cli import Parser
 from utils.errors import UserError, reason
@@ -53,7 +53,7 @@ class Inputs:
         config.DATA.IMG_SIZE = size or config.DATA.IMG_SIZE
         transform = eval_transform(config)
         self._transform = Transform(transform.decode, pil_to_tensor) if size == OWN_SIZE else transform
-        self._finish, self._device = Finish(config, device, is_training=False), device
+        self._finish, self._device = Normalize(config, device), device
 
     def read(self, path: Path) -> Tensor:
         """What the network sees of a file, in 8-bit pixels [C, H, W].
