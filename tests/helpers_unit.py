@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 from yacs.config import CfgNode
 
+from data.build import EvalData
 from data.decoding import as_mode
 from data.transforms import Transform
 from utils.config import default_config, lookup
@@ -148,6 +149,11 @@ def batches(count: int, size: int, classes: int = 3, shape: tuple[int, ...] = (3
 def fine(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Batch]:
     """Micro-batches with nothing to complain about."""
     return [(images, targets, [""] * len(targets)) for images, targets in pairs]
+
+
+def to_score(loader: Sequence[Batch], images: int = 0, rounds: int = 0) -> EvalData:
+    """Batches as data to score on, which are what the network takes."""
+    return EvalData(loader, untouched, None, images, rounds)
 
 
 def untouched(images: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from helpers_unit import (
     said_by,
     small_network,
     start_ranks,
+    to_score,
     train,
     training_of,
-    untouched,
 )
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -246,7 +246,7 @@ def fail_together(here, failing):
 def score_shares(here):
     data = batches(5, 4)
     share = data[:4] if here.rank == 0 else data[4:]
-    score = evaluate(small_network(), share, untouched, here, FP32, images=20, rounds=1)
+    score = evaluate(small_network(), to_score(share, images=20, rounds=1), here, FP32)
     return [score.images, score.correct1, score.correct5, score.loss]
 
 
@@ -266,7 +266,7 @@ def stop_evaluation(here, rank, rounds, at, why):
     network.register_forward_hook(lambda module, inputs, output: scored.append(None))
     signals = (lambda: 15 * (next(asked) >= number)) if stops and why == "asked" else int
     try:
-        evaluate(network, data, untouched, here, FP32, rounds=rounds, asked_to_stop=signals)
+        evaluate(network, to_score(data, rounds=rounds), here, FP32, asked_to_stop=signals)
     except (BrokenDataError, Stopped) as error:
         return [str(error), len(scored)]
 
@@ -390,7 +390,7 @@ def test_buffers_are_rank_0s_everywhere(pair):
 
 @pytest.mark.slow
 def test_a_score_does_not_depend_on_who_scored_what(pair):
-    alone = evaluate(small_network(), batches(5, 4), untouched, ALONE, FP32)
+    alone = evaluate(small_network(), to_score(batches(5, 4)), ALONE, FP32)
     for seen in pair:
         assert seen["score"][:3] == [alone.images, alone.correct1, alone.correct5]
         assert seen["score"][3] == pytest.approx(alone.loss, rel=1e-6)
@@ -489,7 +489,7 @@ def exchange_in(where, training):
     if where == "training":
         train_one_epoch(training, batches(2, 4), 10, Watch())
     elif where == "evaluation":
-        evaluate(small_network(), batches(2, 4), untouched, training.world, FP32, rounds=2)
+        evaluate(small_network(), to_score(batches(2, 4), rounds=2), training.world, FP32)
     with together():
         pass
 

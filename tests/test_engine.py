@@ -18,13 +18,13 @@ from helpers_unit import (
     fine,
     plain_training,
     small_network,
+    to_score,
     train,
     training_of,
-    untouched,
 )
 from torch import nn
 
-from data.build import build_mixup
+from data.build import EvalData, build_mixup
 from models import GroupMixFormer
 from utils.dist import World
 from utils.engine import Watch, evaluate, train_one_epoch
@@ -263,9 +263,9 @@ def test_images_are_finished_by_the_steps_randomness_ahead_of_mixup():
 
 
 def test_evaluation_finishes_images_too():
-    plain = evaluate(Fixed(), batches(2, 4), untouched, ALONE, FP32)
+    plain = evaluate(Fixed(), to_score(batches(2, 4)), ALONE, FP32)
     halved = fine((images / 2, targets) for images, targets, _ in batches(2, 4))
-    assert evaluate(Fixed(), halved, lambda images: images * 2, ALONE, FP32) == plain
+    assert evaluate(Fixed(), EvalData(halved, lambda images: images * 2, None, 0, 0), ALONE, FP32) == plain
 
 
 def test_what_the_loader_draws_does_not_reach_the_network():
@@ -733,7 +733,7 @@ def test_an_evaluation_counts_exactly_whatever_the_batch_size(size):
     images = torch.randn(23, 3, 2, 2, generator=generator)
     targets = torch.randint(6, (23,), generator=generator)
     logits = images.flatten(1)[:, :6]
-    score = evaluate(Fixed(), fine(zip(images.split(size), targets.split(size), strict=True)), untouched, ALONE, FP32)
+    score = evaluate(Fixed(), to_score(fine(zip(images.split(size), targets.split(size), strict=True))), ALONE, FP32)
     assert score.images == 23
     assert score.correct1 == int((logits.argmax(1) == targets).sum())
     assert score.correct5 == 23 - int((logits.argmin(1) == targets).sum())
@@ -746,8 +746,8 @@ def test_an_evaluation_changes_nothing_of_the_network_and_takes_no_gradient():
     before = {name: value.clone() for name, value in network.state_dict().items()}
     recorded = []
     network.register_forward_hook(lambda module, inputs, output: recorded.append(output.requires_grad))
-    first = evaluate(network, batches(3, 4), untouched, ALONE, FP32)
-    assert evaluate(network, batches(3, 4), untouched, ALONE, FP32) == first
+    first = evaluate(network, to_score(batches(3, 4)), ALONE, FP32)
+    assert evaluate(network, to_score(batches(3, 4)), ALONE, FP32) == first
     assert equal(dict(network.state_dict()), before)
     assert set(recorded) == {False}
 
@@ -756,7 +756,7 @@ def test_training_goes_on_in_training_mode_after_an_evaluation():
     network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3)).double()
     training = training_of(network, 2)
     train(training, batches(2, 4))
-    evaluate(network, batches(2, 4), untouched, ALONE, FP32)
+    evaluate(network, to_score(batches(2, 4)), ALONE, FP32)
     before = int(network[1].num_batches_tracked)
     train(training, batches(2, 4), 1)
     assert int(network[1].num_batches_tracked) == before + 2
@@ -768,7 +768,7 @@ def test_an_evaluation_leaves_the_next_epoch_as_it_would_be():
         training = training_of(network, 3)
         train(training, batches(3, 4))
         if scored:
-            evaluate(network, batches(3, 4), untouched, ALONE, FP32)
+            evaluate(network, to_score(batches(3, 4)), ALONE, FP32)
         train(training, batches(3, 4), 1)
     assert equal(weights_of(networks[0]), weights_of(networks[1]))
 
@@ -779,26 +779,26 @@ def test_an_evaluation_computes_in_the_precision_asked_for():
     network.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     data = in_single(batches(1, 4))
     for name in ("fp32", "bf16"):
-        evaluate(network, data, untouched, ALONE, Precision(name, "cpu"))
+        evaluate(network, to_score(data), ALONE, Precision(name, "cpu"))
     assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_an_evaluation_of_nothing_is_refused():
     with pytest.raises(UserError, match="0 of some"):
-        evaluate(Fixed(), [], untouched, ALONE, FP32)
+        evaluate(Fixed(), to_score([]), ALONE, FP32)
 
 
 def test_an_evaluation_of_other_images_than_announced_is_refused():
-    score = evaluate(Fixed(), batches(2, 4), untouched, ALONE, FP32, images=8)
+    score = evaluate(Fixed(), to_score(batches(2, 4), images=8), ALONE, FP32)
     assert score.images == 8
     with pytest.raises(UserError, match="8 of 9"):
-        evaluate(Fixed(), batches(2, 4), untouched, ALONE, FP32, images=9)
+        evaluate(Fixed(), to_score(batches(2, 4), images=9), ALONE, FP32)
 
 
 def test_an_evaluation_ends_at_a_broken_image():
     data = with_complaints(batches(3, 4), batch_1=["", "a.png is broken"], batch_2=["b.png is broken"])
     with pytest.raises(BrokenDataError, match=r"^a\.png is broken: mend or remove it$"):
-        evaluate(Fixed(), data, untouched, ALONE, FP32)
+        evaluate(Fixed(), to_score(data), ALONE, FP32)
 
 
 @pytest.mark.parametrize("rounds", [0, 3])
@@ -808,14 +808,7 @@ def test_an_evaluation_ends_when_it_is_asked_to(at, rounds):
     network = Fixed()
     network.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     with pytest.raises(Stopped) as caught:
-        evaluate(
-            network,
-            batches(3, 4),
-            untouched,
-            ALONE,
-            FP32,
-            rounds=rounds,
-            asked_to_stop=lambda: 15 * (next(asked) == at),
-        )
+        data = to_score(batches(3, 4), rounds=rounds)
+        evaluate(network, data, ALONE, FP32, asked_to_stop=lambda: 15 * (next(asked) == at))
     assert caught.value.signal == 15
     assert len(seen) == (at - 1 if rounds else 3)

@@ -14,11 +14,21 @@ from unittest import mock
 import helpers_unit
 import pytest
 import torch
-from helpers_unit import ALONE, CPU, all_of, batches, equal, plain_training, said_by, small_network, start_ranks
+from helpers_unit import (
+    ALONE,
+    CPU,
+    all_of,
+    batches,
+    equal,
+    plain_training,
+    said_by,
+    small_network,
+    start_ranks,
+    to_score,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.build import EvalData
 from utils import checkpoint
 from utils.broken import BrokenImages
 from utils.classification import classification
@@ -353,7 +363,7 @@ class FakeData:
         return [f"{place}.png" for place in places]
 
 
-EVAL_DATA = EvalData(batches(2, 4), helpers_unit.untouched, None, images=0, rounds=2)
+EVAL_DATA = to_score(batches(2, 4), rounds=2)
 
 
 def run(folder, training, config):

@@ -111,7 +111,7 @@ def build_scorer(arguments: argparse.Namespace, trained: Trained) -> Callable[[M
 
     def score(weights: Mapping[str, Tensor]) -> Score:
         load_weights(network, weights, source)
-        return evaluate(network, data.loader, data.finish, here, precision, data.images, data.rounds)
+        return evaluate(network, data, here, precision)
 
     return score
 

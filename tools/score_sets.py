@@ -146,16 +146,7 @@ class Scorer:
 
     def _score(self, samples: ImageSamples, sums: Sums) -> Score:
         data = eval_data(samples, self._config, self._world)
-        return evaluate(
-            self._network,
-            data.loader,
-            data.finish,
-            self._world,
-            self._precision,
-            data.images,
-            data.rounds,
-            sums=sums,
-        )
+        return evaluate(self._network, data, self._world, self._precision, sums)
 
 
 def plan_sets(arguments: argparse.Namespace) -> list[PlannedSet]:

@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data.build import EvalData
 from utils.dist import World, any_rank, gather, gather_objects
 from utils.errors import BrokenDataError, NotFiniteError, Stopped, UserError
 from utils.meter import Meter, Report
@@ -245,27 +246,23 @@ def _leave_out(run: Training, votes: _Votes, buffers: list[Tensor]) -> None:
 @torch.inference_mode()
 def evaluate(
     network: nn.Module,
-    loader: Batches,
-    finish: Callable[[Any], Any],
+    data: EvalData,
     world: World,
     precision: Precision,
-    images: int = 0,
-    rounds: int = 0,
-    asked_to_stop: Callable[[], int] = int,
     sums: Sums | None = None,
+    asked_to_stop: Callable[[], int] = int,
 ) -> TaskScore:
     """Scores a network on this rank's share of a data set, and adds the shares of all ranks.
 
+    A rank that must stop tells the others after each of the batches that every rank has.
+
     Args:
         network: The bare network, which waits for no other rank.
-        loader: This rank's images.
-        finish: Makes the network's input of 8-bit images on the device.
+        data: This rank's images.
         world: This process among all.
         precision: How to compute.
-        images: How many images all ranks together must score; 0 if that is not known.
-        rounds: Batches that every rank has; a rank that must stop tells the others after each of them.
-        asked_to_stop: Gives the signal that asks this rank to stop, or 0.
         sums: Adds up what to score by; a classifier's accuracies if None.
+        asked_to_stop: Gives the signal that asks this rank to stop, or 0.
 
     Raises:
         BrokenDataError: If an image is broken on some rank; all ranks raise it.
@@ -276,13 +273,13 @@ def evaluate(
     sums = ScoreSums(world.device) if sums is None else sums
     complaint, signal = "", 0
     for number, (inputs, targets, complaints) in enumerate(
-        tqdm(loader, desc="scoring", leave=False, disable=None if world.is_main else True)
+        tqdm(data.loader, desc="scoring", leave=False, disable=None if world.is_main else True)
     ):
         complaint, signal = complaint or next(filter(None, complaints), ""), signal or asked_to_stop()
-        if number < rounds and any_rank(bool(complaint or signal), world.device):
+        if number < data.rounds and any_rank(bool(complaint or signal), world.device):
             break
         if not complaint:
-            inputs = finish(inputs.to(world.device, non_blocking=True))
+            inputs = data.finish(inputs.to(world.device, non_blocking=True))
             targets = targets.to(world.device, non_blocking=True)
             with precision.autocast():
                 outputs = network(inputs)
@@ -293,9 +290,9 @@ def evaluate(
     if signal := max(signal for _, signal in told):
         raise Stopped(signal)
     score = sums.total()
-    if score.images == 0 or images not in (0, score.images):
+    if score.images == 0 or data.images not in (0, score.images):
         raise UserError(
-            f"{score.images} of {images or 'some'} validation images were scored: "
+            f"{score.images} of {data.images or 'some'} validation images were scored: "
             "the data is empty, or a stream skipped broken ones; mend it"
         )
     return score

@@ -136,7 +136,7 @@ def score_timed(
 ) -> tuple[TaskScore, float]:
     """A network's score on validation data, as `evaluate` gives it, and images per second including loading."""
     start = time.perf_counter()
-    score = evaluate(network, data.loader, data.finish, world, precision, data.images, data.rounds, sums=sums)
+    score = evaluate(network, data, world, precision, sums)
     return score, score.images / (time.perf_counter() - start)
 
 

@@ -232,13 +232,10 @@ def evaluate_epoch(
         with torch.compiler.set_stance("force_eager"), unmeasured_kernels():
             scores[name] = evaluate(
                 task.build_predictor(config, network),
-                data.loader,
-                data.finish,
+                data,
                 training.world,
                 training.precision,
-                data.images,
-                data.rounds,
-                keeper.asked_to_stop,
                 task.build_sums(data, training.world.device),
+                keeper.asked_to_stop,
             )
     return scores
