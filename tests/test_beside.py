@@ -1,7 +1,7 @@
 """Hidden folders beside a place are gone in the end, whatever happens."""
 
+import shutil
 import signal
-import tempfile
 
 import pytest
 from helpers_unit import handle
@@ -11,13 +11,13 @@ from utils.beside import folder_beside
 
 def test_a_signal_during_the_removal_does_not_interrupt_it(tmp_path, request, monkeypatch):
     handle(request, {signal.SIGTERM: signal.SIG_DFL})
-    cleanup = tempfile.TemporaryDirectory.cleanup
+    remove = shutil.rmtree
 
-    def signalled(folder):
+    def signalled(*arguments, **options):
         signal.raise_signal(signal.SIGTERM)
-        cleanup(folder)
+        remove(*arguments, **options)
 
-    monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", signalled)
+    monkeypatch.setattr(shutil, "rmtree", signalled)
     with folder_beside(tmp_path / "report") as folder:
         (folder / "page").touch()
     assert list(tmp_path.iterdir()) == []

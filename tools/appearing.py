@@ -1,13 +1,24 @@
 """Folders that appear whole or not at all."""
 
 import errno
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.beside import removing
 from utils.errors import UserError, reason
-from utils.signals import ending_in_order, ignore_endings
+
+
+def check_free(output: Path) -> None:
+    """Refuses a place of --output that is taken, or in no folder.
+
+    Raises:
+        UserError: If it is.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} exists: name another, nothing is written over")
+    if not output.resolve().parent.is_dir():
+        raise UserError(f"--output {output}: name a place in a folder that exists")
 
 
 @contextmanager
@@ -25,13 +36,10 @@ def appearing_whole(output: Path) -> Iterator[Path]:
         raise UserError(f"{part} exists: remove it unless another program is writing there") from None
     except OSError as error:
         raise UserError(f"{part} cannot be made ({error.strerror}): name another place") from None
-    with ending_in_order():
-        try:
+    try:
+        with removing(part):
             yield part
             part.rename(output)
-        except OSError as error:
-            hint = "free some space or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-            raise UserError(f"{output} cannot be written ({reason(error)}): {hint}name another place") from None
-        finally:
-            ignore_endings()
-            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        hint = "free some space or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise UserError(f"{output} cannot be written ({reason(error)}): {hint}name another place") from None

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from data.datasets import FolderSource, check_same_classes  # noqa: E402
-from tools.appearing import appearing_whole  # noqa: E402
+from tools.appearing import appearing_whole, check_free  # noqa: E402
 from tools.packing import (  # noqa: E402
     FORMS,
     Sample,
@@ -134,11 +134,7 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.shard_size is not None:
         arguments.shard_size = _bytes(arguments.shard_size)
-    output = arguments.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} exists: name another, nothing is written over")
-    if not output.resolve().parent.is_dir():
-        raise UserError(f"--output {output}: name a place in a folder that exists")
+    check_free(arguments.output)
     return arguments
 
 

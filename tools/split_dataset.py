@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from data.datasets import FolderSource  # noqa: E402
-from tools.appearing import appearing_whole  # noqa: E402
+from tools.appearing import appearing_whole, check_free  # noqa: E402
 from tools.packing import ahead  # noqa: E402
 from tools.splitting import deal, join  # noqa: E402
 from utils.cli import Parser, run  # noqa: E402
@@ -110,10 +110,7 @@ def check_output(root: Path, output: Path) -> None:
     Raises:
         UserError: If it is.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} exists: name another, nothing is written over")
-    if not output.resolve().parent.is_dir():
-        raise UserError(f"--output {output}: name a place in a folder that exists")
+    check_free(output)
     if output.resolve().is_relative_to(root.resolve()):
         raise UserError(f"--output {output} lies in --data-path {root}, where it would be a class: name another")
 

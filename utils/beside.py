@@ -1,5 +1,6 @@
 """Folders beside a place, for what appears there whole or not at all."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,18 @@ def folder_beside(place: Path) -> Iterator[Path]:
         place: What is to appear, in a folder that exists.
 
     Raises:
-        OSError: If the folder cannot be made or removed.
+        OSError: If the folder cannot be made.
     """
-    with ending_in_order(), tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
+    with removing(Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))) as folder:
+        yield folder
+
+
+@contextmanager
+def removing(folder: Path) -> Iterator[Path]:
+    """Gives a folder, which is removed in the end if it is still there, also where a signal ends the program."""
+    with ending_in_order():
         try:
-            yield Path(folder)
+            yield folder
         finally:
             ignore_endings()
+            shutil.rmtree(folder, ignore_errors=True)
