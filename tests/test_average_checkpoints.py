@@ -355,7 +355,7 @@ def test_same_weights_alone_are_refused(call, save, states, tmp_path):
         (["0.pth", "1.pth", "--greedy"], "soup.pth", "--data-path"),
         (["0.pth", "1.pth", "--data-path", "D"], "soup.pth", "--greedy"),
         (["0.pth", "1.pth", "--workers", "2"], "soup.pth", "--greedy"),
-        (["0.pth", "1.pth", "--greedy", "--data-path", "D", "--batch-size", "0"], "soup.pth", "--batch-size 0"),
+        (["0.pth", "1.pth", "--greedy", "--data-path", "D", "--batch-size", "0"], "soup.pth", "--batch-size: 0"),
         (["0.pth", "1.pth", "--greedy", "--data-path", "D"], "soup.pth", "D is no folder"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, list) else None,

@@ -175,9 +175,9 @@ def test_the_loader_is_reported_as_networks_are(call, root, tmp_path):
     [
         (["--loader"], "--data-path"),
         (["--loader", "--data-path", "nowhere"], "nowhere is no folder"),
-        (["--loader", "--data-path", "{root}", "--rounds", "0"], "--rounds 0"),
-        (["--loader", "--data-path", "{root}", "--images", "0"], "--images 0"),
-        (["--loader", "--data-path", "{root}", "--workers", "2", "0"], "--workers 0"),
+        (["--loader", "--data-path", "{root}", "--rounds", "0"], "--rounds: 0"),
+        (["--loader", "--data-path", "{root}", "--images", "0"], "--images: 0"),
+        (["--loader", "--data-path", "{root}", "--workers", "2", "0"], "--workers: 0"),
         (["--loader", "--data-path", "{root}", "--gpu-speed", "0"], "--gpu-speed 0"),
         (["--loader", "--data-path", "{root}", "--cfg", "no.yaml"], "no.yaml"),
         (["--loader", "--data-path", "{root}", "--json", "{root}"], "--json"),

@@ -444,7 +444,7 @@ def test_a_tar_file_is_checked_as_its_folder_is(check, root, workers):
         (["--data-path", "{D}", "--surprise"], "--surprise"),
         (["--data-path", "{D}", "--work", "2"], "--work"),
         (["--data-path", "{D}", "--workers", "two"], "--workers"),
-        (["--data-path", "{D}", "--workers", "0"], "--workers 0: give at least 1"),
+        (["--data-path", "{D}", "--workers", "0"], "--workers: 0: give a whole number, at least 1"),
         (["--data-path", "{D}/nowhere"], "nowhere/train is no folder"),
         (["--data-path", "{D}", "--train-split", "learn"], "learn is no folder"),
         (["--data-path", "{D}", "--val-split", "exam"], "exam is no folder"),

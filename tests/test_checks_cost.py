@@ -37,4 +37,5 @@ def test_every_other_update_is_checked_and_the_cost_is_printed_with_its_spread(m
 
 def test_one_pair_of_updates_is_refused_as_it_has_no_spread(measure):
     result = measure(1)
-    assert (result.code, result.stdout, result.stderr) == (2, "", "error: --rounds 1: give at least 2\n")
+    assert (result.code, result.stdout, len(result.errors)) == (2, "", 1)
+    assert "--rounds: 1: give a whole number, at least 2" in result.errors[0]

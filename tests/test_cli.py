@@ -11,7 +11,7 @@ import pytest
 from helpers_unit import ROOT, set_key
 from torch.utils.data import DataLoader, Dataset
 
-from utils.cli import check_report, config_from, make_parser, run
+from utils.cli import Parser, at_least, check_report, config_from, make_parser, run
 from utils.config import load_config, lookup
 from utils.errors import BrokenDataError, LostRankError, NotFiniteError, Stopped, UserError
 
@@ -113,6 +113,16 @@ def test_a_flag_that_is_none_ends_the_program(words):
     with pytest.raises(UserError, match="--help") as caught:
         parsed(*words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["1", "-3", "2.5", "two", ""])
+def test_a_number_that_is_too_low_or_not_whole_is_refused(text):
+    parser = Parser("A program.")
+    parser.add_argument("--rounds", type=at_least(2))
+    assert parser.parse_args(["--rounds", "2"]).rounds == 2
+    with pytest.raises(UserError) as caught:
+        parser.parse_args(["--rounds", text])
+    assert str(caught.value) == f"argument --rounds: {text}: give a whole number, at least 2: --help tells the flags"
 
 
 def test_a_configuration_must_be_named():

@@ -585,8 +585,8 @@ def test_a_broken_image_stops_the_scoring_and_is_named(call, weights, sets, tmp_
         (["--a", "gone"], "gone is no folder"),
         (["--c", "gone"], "gone holds none of ImageNet-C's corruptions"),
         (["--real", "gone"], "gone is no folder"),
-        (["--a", "gone", "--batch-size", "0"], "--batch-size 0: give at least 1"),
-        (["--a", "gone", "--workers", "-1"], "--workers -1: give at least 0"),
+        (["--a", "gone", "--batch-size", "0"], "--batch-size: 0: give a whole number, at least 1"),
+        (["--a", "gone", "--workers", "-1"], "--workers: -1: give a whole number, at least 0"),
         (["--a", "gone", "--json", "gone/s.json"], "--json gone/s.json: name a file in a folder that exists"),
     ],
 )

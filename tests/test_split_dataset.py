@@ -215,7 +215,7 @@ def refused(call, tmp_path, *words):
         (("--folds", 6, "--group-by", r"/(p\d)_"), "fewer than 6 images or groups of images (cat, dog)"),
         (("--folds", 3, "--group-by", r"p0_(\d+)"), "--group-by finds nothing in 17 name(s) (cat/p1_1.png"),
         (("--folds", 3, "--group-by", "("), "--group-by (: "),
-        (("--folds", 1), "--folds 1: give 2 or more"),
+        (("--folds", 1), "--folds: 1: give a whole number, at least 2"),
         (("--val-share", 1), "--val-share 1.0: give a share between 0 and 1"),
         (("--val-share", 0.2, "--folds", 2), "not allowed with"),
         ((), "one of the arguments --folds --val-share is required"),

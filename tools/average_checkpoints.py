@@ -28,7 +28,7 @@ from data.build import build_eval_data  # noqa: E402
 from models.build import load_weights  # noqa: E402
 from tools.averaging import greedy, look, uniform  # noqa: E402
 from utils import checkpoint  # noqa: E402
-from utils.cli import Parser, check_report, run  # noqa: E402
+from utils.cli import Parser, at_least, check_report, run  # noqa: E402
 from utils.dist import World, choose_device  # noqa: E402
 from utils.engine import evaluate  # noqa: E402
 from utils.errors import UserError, listing  # noqa: E402
@@ -58,8 +58,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--greedy", action="store_true", help="take only checkpoints that do not lower the accuracy")
     scoring = parser.add_argument_group("with --greedy")
     scoring.add_argument("--data-path", metavar="DIR", help="folder that holds val/, to score on")
-    scoring.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: the configuration's)")
-    scoring.add_argument("--workers", type=int, metavar="N", help="loader processes (default: the configuration's)")
+    scoring.add_argument(
+        "--batch-size", type=at_least(1), metavar="N", help="images at a time (default: the configuration's)"
+    )
+    scoring.add_argument(
+        "--workers", type=at_least(0), metavar="N", help="loader processes (default: the configuration's)"
+    )
     scoring.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to score (default: a GPU, if any)")
     scoring.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="how to score (default fp32)")
     arguments = parser.parse_args()
@@ -72,10 +76,6 @@ def _check(arguments: argparse.Namespace) -> None:
     for flag in ("data_path", "batch_size", "workers", "device", "precision"):
         if getattr(arguments, flag) is not None and not arguments.greedy:
             raise UserError(f"--{flag.replace('_', '-')} is for scoring: add --greedy, or leave it out")
-    for flag, least in (("batch_size", 1), ("workers", 0)):
-        value = getattr(arguments, flag)
-        if value is not None and value < least:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: give at least {least}")
     if arguments.greedy and not arguments.data_path:
         raise UserError("--greedy scores on validation data: name it with --data-path")
     if len(paths) < 2:

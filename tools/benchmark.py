@@ -40,7 +40,7 @@ from tools.benchmarking.networks import build_network  # noqa: E402
 from tools.benchmarking.report import as_json, markdown  # noqa: E402
 from tools.benchmarking.subjects import plan  # noqa: E402
 from utils.checkpoint import write_text  # noqa: E402
-from utils.cli import Parser, check_report, run  # noqa: E402
+from utils.cli import Parser, at_least, check_report, run  # noqa: E402
 from utils.dist import choose_device  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.optim import choose_kernels  # noqa: E402
@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
     """
     parser = Parser(__doc__)
     parser.add_argument("--loader", action="store_true", help="measure loading; --loader --help tells its flags")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="measurements of each (default 7)")
+    parser.add_argument("--rounds", type=at_least(1), default=7, metavar="N", help="measurements of each (default 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the printed tables there too")
     # Two command lines, so that a flag that means nothing beside --loader, or without it, is unknown.
@@ -63,11 +63,8 @@ def parse() -> argparse.Namespace:
     else:
         add_network_arguments(parser)
     arguments = parser.parse_args()
-    for name in ("batch_size", "img_size", "threads", "rounds", "images", "workers", "gpu_speed"):
-        given = getattr(arguments, name, None)
-        numbers = given if isinstance(given, list) else [] if given is None else [given]
-        if min(numbers, default=1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {min(numbers)}: give at least 1")
+    if arguments.loader and min(arguments.gpu_speed, default=1) < 1:
+        raise UserError(f"--gpu-speed {min(arguments.gpu_speed)}: give at least 1")
     if not arguments.loader and not arguments.seconds > 0:
         raise UserError(f"--seconds {arguments.seconds}: give more than 0")
     profile = getattr(arguments, "profile", None)
@@ -86,12 +83,14 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--compile", action="store_true", help="with torch.compile too")
     parser.add_argument("--fused", action="store_true", help="ours in the form of models/fuse.py too, for inference")
-    parser.add_argument("--batch-size", nargs="+", type=int, default=[8], metavar="N", help="images of a step")
-    parser.add_argument("--img-size", type=int, default=224, metavar="N", help="their height and width (default 224)")
+    parser.add_argument("--batch-size", nargs="+", type=at_least(1), default=[8], metavar="N", help="images of a step")
+    parser.add_argument(
+        "--img-size", type=at_least(1), default=224, metavar="N", help="their height and width (default 224)"
+    )
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where (default: a GPU, if any)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="of each measurement (default 1)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="write a bar chart there")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="write each one's top operators and a trace there")

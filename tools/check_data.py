@@ -37,7 +37,7 @@ from data.datasets import FolderSource, Source, open_split  # noqa: E402
 from data.decoding import as_mode  # noqa: E402
 from data.tar import INDEX, tar_files  # noqa: E402
 from utils.checkpoint import write_text  # noqa: E402
-from utils.cli import Parser, check_report, run  # noqa: E402
+from utils.cli import Parser, at_least, check_report, run  # noqa: E402
 from utils.config import default_config  # noqa: E402
 from utils.errors import UserError, reason  # noqa: E402
 
@@ -316,7 +316,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train-split", default="train", metavar="S", help="a folder, or a tar file's stem")
     parser.add_argument("--val-split", default="val", metavar="S", help="a folder, or a tar file's stem")
     parser.add_argument(
-        "--workers", type=int, default=available_cores(), metavar="N", help="processes (default: one a core)"
+        "--workers", type=at_least(1), default=available_cores(), metavar="N", help="processes (default: one a core)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole report there too")
     arguments = parser.parse_args()
@@ -324,8 +324,6 @@ def parse() -> argparse.Namespace:
         raise UserError(f"--dataset {arguments.dataset}: only {' and '.join(_DATASETS)} can be checked, no streams")
     if arguments.train_split == arguments.val_split:
         raise UserError(f"--train-split and --val-split are both {arguments.val_split}: name two splits")
-    if arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers}: give at least 1")
     check_report(arguments.json)
     return arguments
 

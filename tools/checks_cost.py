@@ -27,10 +27,9 @@ sys.path.insert(0, str(ROOT))
 from models.build import build_model  # noqa: E402
 from utils import checkpoint, engine  # noqa: E402
 from utils.classification import classification  # noqa: E402
-from utils.cli import config_from, make_parser, run  # noqa: E402
+from utils.cli import at_least, config_from, make_parser, run  # noqa: E402
 from utils.dist import world  # noqa: E402
 from utils.engine import Training, Watch, train_one_epoch  # noqa: E402
-from utils.errors import UserError  # noqa: E402
 from utils.optim import choose_precision  # noqa: E402
 from utils.resume import state_of  # noqa: E402
 from utils.throughput import wait  # noqa: E402
@@ -43,10 +42,8 @@ _CLASSES = 1000
 def main() -> None:
     """Parses, measures, prints."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="pairs of updates (default 20)")
+    parser.add_argument("--rounds", type=at_least(2), default=20, metavar="N", help="pairs of updates (default 20)")
     arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        raise UserError(f"--rounds {arguments.rounds}: give at least 2")
     config = config_from(arguments)
     with world(config.DEVICE, config.RANK_TIMEOUT) as here:
         precision = choose_precision(config, here.device, lambda _: None)

@@ -36,7 +36,7 @@ from data.finish import Normalize  # noqa: E402
 from data.transforms import eval_transform  # noqa: E402
 from models.fuse import fuse  # noqa: E402
 from tools.predictions import Prediction, draw_sheet, name_classes, write_csv, write_json  # noqa: E402
-from utils.cli import Parser, check_report, run  # noqa: E402
+from utils.cli import Parser, at_least, check_report, run  # noqa: E402
 from utils.dist import choose_device  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.logger import say  # noqa: E402
@@ -58,7 +58,9 @@ def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="what to look at")
     add_trained_arguments(parser)
-    parser.add_argument("--topk", type=int, metavar="N", help=f"classes of an image (default {_TOPK}, or all if fewer)")
+    parser.add_argument(
+        "--topk", type=at_least(1), metavar="N", help=f"classes of an image (default {_TOPK}, or all if fewer)"
+    )
     parser.add_argument("--fuse", action="store_true", help="rewrite the network for inference first, which is faster")
     table = parser.add_mutually_exclusive_group()
     table.add_argument("--json", type=Path, metavar="FILE", help="write the predictions there too")
@@ -69,10 +71,10 @@ def parse() -> argparse.Namespace:
         metavar="FILE.png",
         help=f"draw the images with their classes, or {_MOST_PICTURES} of them, evenly spread",
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default 32)")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="images at a time (default 32)")
     parser.add_argument(
         "--workers",
-        type=int,
+        type=at_least(0),
         default=min(available_cores(), _MOST_WORKERS),
         metavar="N",
         help=f"processes that read images (default: as many as cores, at most {_MOST_WORKERS})",
@@ -82,10 +84,6 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default fp32")
     arguments = parser.parse_args()
-    for flag, least in (("topk", 1), ("batch_size", 1), ("workers", 0)):
-        value = getattr(arguments, flag)
-        if value is not None and value < least:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: give at least {least}")
     for flag in ("json", "csv"):
         check_report(getattr(arguments, flag), f"--{flag}")
     check_report(arguments.sheet, "--sheet", ".png")

@@ -50,7 +50,7 @@ from tools.imagenet_sets.sets import (  # noqa: E402
     v2_variant,
 )
 from utils.checkpoint import write_text  # noqa: E402
-from utils.cli import Parser, check_report, run  # noqa: E402
+from utils.cli import Parser, at_least, check_report, run  # noqa: E402
 from utils.dist import World, together, world  # noqa: E402
 from utils.engine import evaluate  # noqa: E402
 from utils.errors import UserError, listing  # noqa: E402
@@ -318,9 +318,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--fuse", action="store_true", help="rewrite the network for inference first (models/fuse.py)")
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="images at a time on each rank (default: training's)"
+        "--batch-size", type=at_least(1), metavar="N", help="images at a time on each rank (default: training's)"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="loader processes of each rank (default: training's)")
+    parser.add_argument(
+        "--workers", type=at_least(0), metavar="N", help="loader processes of each rank (default: training's)"
+    )
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: fp32")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too, with their counts")
@@ -328,10 +330,6 @@ def parse() -> argparse.Namespace:
     named = (arguments.val, arguments.real, arguments.v2, arguments.a, arguments.r, arguments.sketch, arguments.c)
     if not any(named):
         raise UserError("no set to score: name one by --val, --real, --sketch or --imagenet-v2, -a, -r or -c")
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise UserError(f"--batch-size {arguments.batch_size}: give at least 1")
-    if arguments.workers is not None and arguments.workers < 0:
-        raise UserError(f"--workers {arguments.workers}: give at least 0")
     check_report(arguments.json)
     return arguments
 

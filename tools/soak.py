@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from utils import checkpoint  # noqa: E402
-from utils.cli import Parser, run  # noqa: E402
+from utils.cli import Parser, at_least, run  # noqa: E402
 from utils.logger import read_metrics  # noqa: E402
 
 _CLASSES, _TRAIN_IMAGES, _VAL_IMAGES = 4, 64, 18
@@ -54,12 +54,12 @@ PRINT_FREQ: 1
 def main() -> None:
     """Parses, runs both, compares."""
     parser = Parser(__doc__)
-    parser.add_argument("--kills", type=int, default=50, metavar="N", help="how often to kill the run (default 50)")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that train (default 1)")
+    parser.add_argument(
+        "--kills", type=at_least(1), default=50, metavar="N", help="how often to kill the run (default 50)"
+    )
+    parser.add_argument("--ranks", type=at_least(1), default=1, metavar="N", help="processes that train (default 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the moments and the victims")
     arguments = parser.parse_args()
-    if arguments.kills < 1 or arguments.ranks < 1:
-        parser.error("--kills and --ranks must be at least 1")
     with tempfile.TemporaryDirectory() as name:
         sys.exit(soak(Path(name), arguments.kills, arguments.ranks, random.Random(arguments.seed)))
 

@@ -34,7 +34,7 @@ from data.datasets import FolderSource  # noqa: E402
 from tools.appearing import appearing_whole, check_free  # noqa: E402
 from tools.packing import ahead  # noqa: E402
 from tools.splitting import deal, join  # noqa: E402
-from utils.cli import Parser, run  # noqa: E402
+from utils.cli import Parser, at_least, run  # noqa: E402
 from utils.errors import UserError, listing  # noqa: E402
 
 _MODES = {"symlink": os.symlink, "hardlink": os.link, "copy": shutil.copy2}
@@ -138,14 +138,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="O", help="folder to make")
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--folds", type=int, metavar="K", help="folds for cross-validation")
+    kind.add_argument("--folds", type=at_least(2), metavar="K", help="folds for cross-validation")
     kind.add_argument("--val-share", type=float, metavar="S", help="share of the images held out, such as 0.2")
     parser.add_argument("--mode", choices=_MODES, default="symlink", help="how files get there (default symlink)")
     parser.add_argument("--group-by", metavar="REGEX", help="images whose paths give the same name stay together")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another one divides otherwise (default 0)")
     arguments = parser.parse_args()
-    if arguments.folds is not None and arguments.folds < 2:
-        raise UserError(f"--folds {arguments.folds}: give 2 or more")
     if arguments.val_share is not None and not 0 < arguments.val_share < 1:
         raise UserError(f"--val-share {arguments.val_share}: give a share between 0 and 1")
     try:

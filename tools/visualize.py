@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
         kind.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
         kind.set_defaults(draw=draw)
     arguments = parser.parse_args()
-    check_figure(arguments.output, arguments.dpi)
+    check_figure(arguments.output)
     return arguments
 
 

@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,6 +51,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises what `run` turns into a line."""
         raise UserError(f"{message}: --help tells the flags")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number that is not below `least`."""
+
+    def number(text: str) -> int:
+        with suppress(ValueError):
+            if int(text) >= least:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number, at least {least}")
+
+    return number
 
 
 def make_parser(description: str, data: str = "folder that holds train/ and val/") -> Parser:

@@ -23,6 +23,7 @@ from data.datasets import FolderSource
 from tools.benchmarking.machine import machine_line
 from tools.benchmarking.timing import in_turn
 from tools.benchmarking.ways import STAGES, Way, loading_ways
+from utils.cli import at_least
 from utils.config import check, load_config
 from utils.errors import UserError, reason
 from utils.seeding import seed_host
@@ -39,14 +40,14 @@ def add_loader_arguments(parser: ArgumentParser) -> None:
     add("--cfg", type=Path, default=_RECIPE, metavar="FILE", help="whose augmentation (default: GroupMixFormer-S's)")
     add(
         "--images",
-        type=int,
+        type=at_least(1),
         default=96,
         metavar="N",
         help=f"images of a round, for each worker (default 96); a loader's has at least {_LEAST}",
     )
     add(
         "--workers",
-        type=int,
+        type=at_least(1),
         nargs="*",
         default=[available_cores()],
         metavar="N",

@@ -8,7 +8,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from utils.checkpoint import write_beside
-from utils.cli import Parser, check_report
+from utils.cli import Parser, at_least, check_report
 from utils.errors import UserError
 
 _FORMATS = (".png", ".pdf", ".svg")
@@ -16,22 +16,22 @@ _EDGE = 0.04  # inches around a figure
 
 
 def add_figure_arguments(parser: Parser) -> None:
-    """Adds --output and --dpi, which `check_figure` checks."""
+    """Adds --output, which `check_figure` checks, and --dpi."""
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help=f"{', '.join(_FORMATS)}: the figure")
-    parser.add_argument("--dpi", type=int, default=160, metavar="N", help="pixels of a PNG on an inch (default 160)")
+    parser.add_argument(
+        "--dpi", type=at_least(1), default=160, metavar="N", help="pixels of a PNG on an inch (default 160)"
+    )
 
 
-def check_figure(path: Path, dpi: int) -> None:
+def check_figure(path: Path) -> None:
     """Refuses a figure that cannot be written, before it is drawn.
 
     Raises:
-        UserError: If it is in no folder, or of no known format, or of less than a pixel on an inch.
+        UserError: If it is in no folder, or of no known format.
     """
     check_report(path, "--output")
     if path.suffix.lower() not in _FORMATS:
         raise UserError(f"--output {path}: name a file that ends in {', '.join(_FORMATS)}")
-    if dpi < 1:
-        raise UserError(f"--dpi {dpi}: give at least 1")
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:

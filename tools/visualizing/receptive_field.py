@@ -16,7 +16,7 @@ from models.receptive_fields import middle_pixel, receptive_fields, square_aroun
 from tools.visualizing.figures import add_figure_arguments, bare, extent_of, outline, save_figure
 from tools.visualizing.inputs import Inputs, add_size_argument, image_files
 from tools.visualizing.stages import check_stage
-from utils.cli import Parser
+from utils.cli import Parser, at_least
 from utils.errors import UserError
 from utils.seeding import seed_everything
 from utils.trained import Trained, add_trained_arguments
@@ -34,7 +34,12 @@ def add_receptive_field_arguments(parser: Parser) -> None:
     add_trained_arguments(parser)
     parser.add_argument("--stage", nargs="+", type=int, metavar="S", help="stages, from 0 (default: all)")
     parser.add_argument(
-        "--images", dest="most", type=int, default=50, metavar="N", help="how many images to average over (default 50)"
+        "--images",
+        dest="most",
+        type=at_least(1),
+        default=50,
+        metavar="N",
+        help="how many images to average over (default 50)",
     )
     parser.add_argument("--untrained", action="store_true", help="beside the same network with fresh weights")
     add_size_argument(parser)
@@ -50,8 +55,6 @@ def draw_receptive_field(trained: Trained, arguments: argparse.Namespace, device
     Raises:
         UserError: If there is no such stage or image, or images differ in size.
     """
-    if arguments.most < 1:
-        raise UserError(f"--images {arguments.most}: give at least 1")
     stages = list(dict.fromkeys(arguments.stage or range(len(trained.network.stages))))
     for stage in stages:
         check_stage(trained.network, stage)
