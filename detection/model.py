@@ -1,7 +1,7 @@
 """Configuration -> a detector of torchvision's on our backbone, and the weights that it may start from."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -236,9 +236,9 @@ def load_to_start(network: Detector, state_dict: Mapping[str, Tensor], source: s
     """
     if any(name.startswith(_BODY) for name in state_dict):
         return _load_detector(network, state_dict, source)
-    used = backbone_weights(network.body, state_dict)
+    used = backbone_weights(state_dict)
     load_weights(network.body, used, source)
-    given = checkpoint_filter_fn(state_dict, network.body)
+    given = checkpoint_filter_fn(state_dict)
     unused = ", ".join(sorted({name.split(".")[0] for name in given.keys() - used.keys()}))
     left = f"; its {unused} is left out" if unused else ""
     return [f"the backbone starts from {source}{left}; pyramid and heads start afresh"]
@@ -246,13 +246,13 @@ def load_to_start(network: Detector, state_dict: Mapping[str, Tensor], source: s
 
 def _load_detector(network: Detector, state_dict: Mapping[str, Tensor], source: str) -> list[str]:
     fresh = network.state_dict()
-    of_classes = _names_of_classes(network, fresh)
+    of_classes = _names_of_classes(fresh)
     others = [name for name in of_classes if name in state_dict and state_dict[name].shape != fresh[name].shape]
     load_weights(network, {**state_dict, **{name: fresh[name] for name in others}}, source)
     return [f"{source} is of other classes: {', '.join(others)} start afresh"] if others else []
 
 
-def _names_of_classes(network: Detector, names: Sequence[str] | Mapping[str, Any]) -> list[str]:
+def _names_of_classes(names: Iterable[str]) -> list[str]:
     """The tensors whose shapes depend on the number of classes."""
     layers = ("classification_head.cls_logits.", "box_predictor.", "mask_predictor.mask_fcn_logits.")
     return [name for name in names if any(layer in name for layer in layers)]

@@ -53,7 +53,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     Raises:
         UserError: Naming the tensors that do not fit.
     """
-    wanted, given = model.state_dict(), checkpoint_filter_fn(state_dict, model)
+    wanted, given = model.state_dict(), checkpoint_filter_fn(state_dict)
     strange = [str(name) for name, value in given.items() if not isinstance(value, Tensor)]
     if strange:
         raise UserError(f"{source} holds no weights under {listing(strange)}: name another file")
@@ -88,7 +88,7 @@ def load_pretrained(model: GroupMixFormer, state_dict: Mapping[str, Tensor], sou
     Raises:
         UserError: Naming the tensors that do not fit.
     """
-    weights: dict[str, Any] = dict(checkpoint_filter_fn(state_dict, model))
+    weights: dict[str, Any] = dict(checkpoint_filter_fn(state_dict))
     fresh, sentences = model.state_dict(), []
     head = weights.get(_HEAD[0])
     if getattr(head, "shape", None) != getattr(fresh.get(_HEAD[0]), "shape", None):
@@ -111,14 +111,13 @@ def load_pretrained(model: GroupMixFormer, state_dict: Mapping[str, Tensor], sou
     return sentences
 
 
-def backbone_weights(backbone: GroupMixFormer, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def backbone_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A classifier's weights under our names, without its final norm and its head, which a backbone has no use for.
 
     Args:
-        backbone: Where they are to go.
         state_dict: Weights of either naming.
     """
-    weights = checkpoint_filter_fn(state_dict, backbone)
+    weights = checkpoint_filter_fn(state_dict)
     return {name: tensor for name, tensor in weights.items() if not name.startswith(_NOT_IN_BACKBONE)}
 
 

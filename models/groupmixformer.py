@@ -416,7 +416,7 @@ class GroupMixFormer(nn.Module):
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As `nn.Module.load_state_dict`, and takes published checkpoints as they are."""
-        ours = OrderedDict(checkpoint_filter_fn(state_dict, self))
+        ours = OrderedDict(checkpoint_filter_fn(state_dict))
         ours._metadata = self.state_dict()._metadata  # without it torch makes up a missing num_batches_tracked
         return super().load_state_dict(ours, strict=strict, assign=assign)
 
@@ -640,8 +640,13 @@ class _Recomputation:
         self._entered.__exit__(*error)
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
-    """Our names for a state dict in either form, unwrapped from a checkpoint where it lies in one."""
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], _model: nn.Module | None = None) -> Mapping[str, Any]:
+    """Our names for a state dict in either form, unwrapped from a checkpoint where it lies in one.
+
+    Args:
+        state_dict: Of either naming.
+        _model: Not needed; timm gives it to all such functions.
+    """
     if isinstance(state_dict.get("model"), Mapping):
         state_dict = state_dict["model"]
     return from_published(state_dict) if is_published(state_dict) else state_dict

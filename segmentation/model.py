@@ -129,7 +129,7 @@ def load_to_start(segmenter: Segmenter, state_dict: Mapping[str, Tensor], source
         UserError: Naming the tensors that do not fit.
     """
     if not is_segmenter(state_dict):
-        sentences = load_pretrained(segmenter.backbone, backbone_weights(segmenter.backbone, state_dict), source)
+        sentences = load_pretrained(segmenter.backbone, backbone_weights(state_dict), source)
         return [
             f"{source} is a classifier: its final norm and its head are left out, the decoder starts afresh",
             *sentences,

@@ -19,15 +19,20 @@ def measure(call, tiny_config):
 
 
 def test_every_other_update_is_checked_and_the_cost_is_printed_with_its_spread(measure, monkeypatch):
-    places, vote = [], engine._vote
+    updates, checked, take, vote = [], [], engine._take_update, engine._vote
 
-    def seen(run, *arguments):
-        places.append(run.progress.place)
-        return vote(run, *arguments)
+    def taken(run, *arguments):
+        updates.append(run.progress.place)
+        return take(run, *arguments)
 
+    def seen(*arguments):
+        checked.append(updates[-1])
+        return vote(*arguments)
+
+    monkeypatch.setattr(engine, "_take_update", taken)
     monkeypatch.setattr(engine, "_vote", seen)
     out = measure(3).stdout
-    assert places == [0, 2, 4, 6]  # of eight updates, the first two of which warm up
+    assert checked == updates[::2] == [0, 2, 4, 6]  # the first pair warms up
     assert out.startswith("tiny on 1 x cpu, fp32, 2 images a rank, medians of 3:\n")
     cost = re.search(r"the checks cost +(\S+) %, between (\S+) and (\S+) in half of the pairs", out)
     middle, low, high = map(float, cost.groups())

@@ -52,7 +52,7 @@ def main() -> None:
             config, here, precision, classification(), network, steps_per_epoch=2 * arguments.rounds + 2
         )
         shape = (config.DATA.BATCH_SIZE, config.MODEL.GMA.IN_DIM, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
-        with_checks, without = time_updates(training, shape, arguments.rounds)
+        with_checks, without = time_updates(training, shape)
         cost = [100 * (checked / bare - 1) for checked, bare in zip(with_checks, without, strict=True)]
         low, middle, high = statistics.quantiles(cost, n=4, method="inclusive")
         if here.is_main:
@@ -64,13 +64,12 @@ def main() -> None:
             print_pauses(training, config)
 
 
-def time_updates(training: Training, shape: tuple[int, ...], rounds: int) -> tuple[list[float], list[float]]:
+def time_updates(training: Training, shape: tuple[int, ...]) -> tuple[list[float], list[float]]:
     """Trains on noise, with and without checks in turn.
 
     Args:
         training: All that an update needs.
         shape: Of a micro-batch of images.
-        rounds: Pairs of updates.
 
     Returns:
         Seconds of each update with checks, and of the one without that follows it.
@@ -89,10 +88,10 @@ def time_updates(training: Training, shape: tuple[int, ...], rounds: int) -> tup
             times[training.progress.place % 2 == 1].append(now - self.since)
             self.since = now
 
-    def vote_in_turn(run: Training, loss: Tensor, norm: Tensor, *others: object) -> object:
-        if run.progress.place % 2 == 0:
-            return vote(run, loss, norm, *others)
-        return engine._Votes([0.0] * run.world.size, 0.0, 0, 0, False)
+    def vote_in_turn(*given: object) -> object:
+        if training.progress.place % 2 == 0:
+            return vote(*given)
+        return engine._Votes([0.0] * training.world.size, 0.0, 0, 0, False)
 
     def batches() -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         while True:

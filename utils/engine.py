@@ -150,7 +150,7 @@ def _take_update(run: Training, batches: Iterator[Any], meter: Meter, watch: Wat
     loss, complaints = _accumulate(run, batches, micro_steps, meter)
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.network.parameters(), run.clip_grad or math.inf)
-    votes = _vote(run, loss, norm, len(complaints), *watch.alarm())
+    votes = _vote(loss, norm, len(complaints), *watch.alarm())
     if votes.complaints:
         watch.on_broken([complaint for of_rank in gather_objects(complaints) for complaint in of_rank])
     if votes.are_finite:
@@ -216,7 +216,7 @@ class _Votes:
         return all(map(math.isfinite, (*self.losses, self.grad_norm)))
 
 
-def _vote(run: Training, loss: Tensor, norm: Tensor, complaints: int, signal: int, failed: bool) -> _Votes:
+def _vote(loss: Tensor, norm: Tensor, complaints: int, signal: int, failed: bool) -> _Votes:
     """Exchanges in one small message what every rank must know, and waits for this update's numbers once."""
     own = [loss.new_full((), number) for number in (complaints, signal, failed)]  # a copy to a GPU would wait for it
     table = gather(torch.stack([loss, *own]))

@@ -8,27 +8,26 @@ from yacs.config import CfgNode
 
 from utils.optim import Precision, memory_format
 
+_WARMUP = 3  # batches before the clock starts
+_SECONDS = 10.0  # that a measurement lasts at least
+
 
 @torch.inference_mode()
-def throughput(
-    model: nn.Module, images: torch.Tensor, precision: Precision, warmup: int = 3, seconds: float = 10.0
-) -> float:
+def throughput(model: nn.Module, images: torch.Tensor, precision: Precision) -> float:
     """Images per second of a network's forward pass in evaluation mode.
 
     Args:
         model: The network, on the images' device.
         images: One batch, [B, C, H, W].
         precision: How to compute.
-        warmup: Batches before the clock starts.
-        seconds: How long to measure at least.
     """
     model.eval()
     with precision.autocast():
-        for _ in range(warmup):
+        for _ in range(_WARMUP):
             model(images)
         wait(images.device)
         batches, start, elapsed = 0, time.perf_counter(), 0.0
-        while elapsed < seconds:
+        while elapsed < _SECONDS:
             model(images)
             wait(images.device)
             batches += 1

@@ -49,7 +49,6 @@ class Inputs:
 
     def __init__(self, config: CfgNode, size: int | None, device: torch.device) -> None:
         config = config.clone()
-        config.defrost()
         config.DATA.IMG_SIZE = size or config.DATA.IMG_SIZE
         transform = eval_transform(config)
         self._transform = Transform(transform.decode, pil_to_tensor) if size == OWN_SIZE else transform
