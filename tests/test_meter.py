@@ -7,7 +7,10 @@ import pytest
 from helpers_unit import CPU
 
 from utils.meter import Meter
+from utils.optim import Steps
 from utils.progress import Progress
+
+STEPS = Steps(steps_per_epoch=5, accumulation=1, epochs=4)
 
 
 @pytest.fixture
@@ -24,11 +27,11 @@ def test_times_are_those_since_the_last_report(clock):
         clock.now += seconds
         meter.add_update(images)
         meter.add_data_seconds(0.5)
-    report = meter.report(progress, 5, 0.1)
+    report = meter.report(progress, STEPS, 0.1)
     assert (report.seconds, report.images_per_s, report.data_share) == (2.0, 3.0, 0.25)
     clock.now += 2.0
     meter.add_update(8)
-    report = meter.report(progress, 5, 0.1)
+    report = meter.report(progress, STEPS, 0.1)
     assert (report.seconds, report.images_per_s, report.data_share) == (2.0, 4.0, 0.0)
 
 
@@ -40,12 +43,12 @@ def test_losses_and_norms_are_means_of_the_updates_taken_since_the_last_report(c
     progress.leave_out()
     meter.add_update(4)
     clock.now += 1
-    report = meter.report(progress, 5, 0.1)
+    report = meter.report(progress, STEPS, 0.1)
     assert (report.loss, report.grad_norm, report.left_out) == (1.5, 3.0, 1)
     progress.take(7.0, 9.0)
     meter.add_update(4)
     clock.now += 1
-    report = meter.report(progress, 5, 0.1)
+    report = meter.report(progress, STEPS, 0.1)
     assert (report.loss, report.grad_norm, report.left_out) == (7.0, 9.0, 1)
 
 
@@ -58,7 +61,7 @@ def test_a_window_that_a_resumed_run_takes_over_is_reported_whole(clock):
     resumed.take(2.0, 2.0)
     meter.add_update(4)
     clock.now += 3
-    report = meter.report(resumed, 5, 0.1)
+    report = meter.report(resumed, STEPS, 0.1)
     assert (report.loss, report.grad_norm) == (1.5, 3.0)
     assert report.seconds == 3.0
 
@@ -68,18 +71,19 @@ def test_without_an_update_taken_there_is_no_mean(clock):
     progress.leave_out()
     meter.add_update(4)
     clock.now += 1
-    report = meter.report(progress, 5, 0.1)
+    report = meter.report(progress, STEPS, 0.1)
     assert math.isnan(report.loss)
     assert math.isnan(report.grad_norm)
     assert report.images_per_s == 4.0
 
 
-def test_places_are_counted_through_the_epochs_whether_taken_or_left_out(clock):
+def test_places_and_time_left_are_counted_through_the_epochs_whether_taken_or_left_out(clock):
     meter, progress = Meter(CPU), Progress(epoch=3)
     progress.take(1.0, 1.0)
     progress.leave_out()
     meter.add_update(4)
-    clock.now += 1
-    report = meter.report(progress, 5, 0.25)
+    clock.now += 2
+    report = meter.report(progress, STEPS, 0.25)
     assert (report.epoch, report.update, report.update_in_epoch, report.lr) == (3, 17, 2, 0.25)
+    assert report.left_s == 2.0 * (20 - 17)
     assert report.memory_mb > 10

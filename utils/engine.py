@@ -126,8 +126,8 @@ def train_one_epoch(run: Training, loader: Batches, report_every: int, watch: Wa
             bar.update()
             if progress.place % report_every == 0 or progress.place == steps.updates_per_epoch:
                 lr = max(group["lr"] for group in run.optimizer.param_groups)
-                latest = meter.report(progress, steps.updates_per_epoch, lr)
-                left = datetime.timedelta(seconds=int(latest.seconds * (steps.updates - latest.update)))
+                latest = meter.report(progress, steps, lr)
+                left = datetime.timedelta(seconds=int(latest.left_s))
                 bar.set_postfix_str(
                     f"loss {latest.loss:.3f}, lr {latest.lr:.2e}, {latest.images_per_s:.0f} images/s, run left {left}"
                 )

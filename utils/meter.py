@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from utils.optim import Steps
 from utils.progress import Progress, Window
 
 
@@ -22,6 +23,7 @@ class Report:
         left_out: Updates left out in the run.
         lr: Largest learning rate of the last update.
         seconds: Time of an update.
+        left_s: Seconds that the rest of the run takes at this speed.
         data_share: Share of the time spent waiting for data.
         images_per_s: Images per second, over all ranks.
         memory_mb: Peak memory, of the GPU where there is one.
@@ -35,6 +37,7 @@ class Report:
     left_out: int
     lr: float
     seconds: float
+    left_s: float
     data_share: float
     images_per_s: float
     memory_mb: float
@@ -65,19 +68,21 @@ class Meter:
         self._updates += 1
         self._images += images
 
-    def report(self, progress: Progress, updates_per_epoch: int, lr: float) -> Report:
+    def report(self, progress: Progress, steps: Steps, lr: float) -> Report:
         """What was measured since the last report, which begins anew."""
         elapsed, window = time.perf_counter() - self._start, progress.window
         mean = [total / window.updates if window.updates else float("nan") for total in (window.loss, window.grad_norm)]
+        update, seconds = progress.position(steps.updates_per_epoch), elapsed / self._updates
         report = Report(
             epoch=progress.epoch,
-            update=progress.position(updates_per_epoch),
+            update=update,
             update_in_epoch=progress.place,
             loss=mean[0],
             grad_norm=mean[1],
             left_out=progress.left_out,
             lr=lr,
-            seconds=elapsed / self._updates,
+            seconds=seconds,
+            left_s=seconds * (steps.updates - update),
             data_share=self._data_seconds / elapsed,
             images_per_s=self._images / elapsed,
             memory_mb=_peak_memory_mb(self._device),

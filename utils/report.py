@@ -35,7 +35,7 @@ def log_plan(config: CfgNode, training: Training, val_images: int) -> None:
 def log_report(report: Report, training: Training, metrics: MetricsLog) -> None:
     """Writes one line of training progress."""
     steps = training.steps
-    left = datetime.timedelta(seconds=int(report.seconds * (steps.updates - report.update)))
+    left = datetime.timedelta(seconds=int(report.left_s))
     left_out = f"\t{report.left_out} left out" if report.left_out else ""
     _log.info(
         f"Train: [{report.epoch}/{steps.epochs}][{report.update_in_epoch}/{steps.updates_per_epoch}]\t"
