@@ -7,6 +7,7 @@ from pathlib import Path
 
 from utils.beside import removing
 from utils.errors import UserError, reason
+from utils.signals import ending_in_order
 
 
 def check_free(output: Path) -> None:
@@ -37,7 +38,7 @@ def appearing_whole(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{part} cannot be made ({error.strerror}): name another place") from None
     try:
-        with removing(part):
+        with ending_in_order(), removing(part):
             yield part
             part.rename(output)
     except OSError as error:

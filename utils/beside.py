@@ -19,16 +19,15 @@ def folder_beside(place: Path) -> Iterator[Path]:
     Raises:
         OSError: If the folder cannot be made.
     """
-    with removing(Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))) as folder:
+    with ending_in_order(), removing(Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))) as folder:
         yield folder
 
 
 @contextmanager
 def removing(folder: Path) -> Iterator[Path]:
-    """Gives a folder, which is removed in the end if it is still there, also where a signal ends the program."""
-    with ending_in_order():
-        try:
-            yield folder
-        finally:
-            ignore_endings()
-            shutil.rmtree(folder, ignore_errors=True)
+    """Gives a folder, which is removed in the end if it is still there; no further signal disturbs that."""
+    try:
+        yield folder
+    finally:
+        ignore_endings()
+        shutil.rmtree(folder, ignore_errors=True)
