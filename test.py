@@ -48,7 +48,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
     from models.build import build_model
     from models.fuse import fuse
     from utils.checkpoint import write_text
-    from utils.dist import together, world
+    from utils.dist import join_world, together
     from utils.logger import setup_logging
     from utils.optim import choose_scoring_precision
     from utils.reporting.folder import check_report_folder
@@ -57,19 +57,19 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
     from utils.throughput import throughput_line
 
     folder = Path(arguments.report) if arguments.report else None
-    with world(config.DEVICE, config.RANK_TIMEOUT) as here:
-        setup_logging(here.is_main)
-        precision = choose_scoring_precision(config, here.device, _log.info)
+    with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
+        setup_logging(world.is_main)
+        precision = choose_scoring_precision(config, world.device, _log.info)
         if config.THROUGHPUT_MODE:
             network = build_model(config, config.MODEL.GMA.NUM_CLASSES)
             network = fuse(network) if arguments.fuse else network
-            _log.info(throughput_line(network, config, here.device, precision))
+            _log.info(throughput_line(network, config, world.device, precision))
             return
         with together():
-            if folder and here.is_main:
+            if folder and world.is_main:
                 check_report_folder(folder)
-        sums = OutcomeSums(here) if folder else None
-        scored = score_weights(config, here, precision, arguments.ema, arguments.random_weights, arguments.fuse, sums)
+        sums = OutcomeSums(world) if folder else None
+        scored = score_weights(config, world, precision, arguments.ema, arguments.random_weights, arguments.fuse, sums)
         result = scored.score
         facts = {
             "acc1": result.acc1,
@@ -79,24 +79,24 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
             "correct1": result.correct1,
             "correct5": result.correct5,
             "images_per_s": scored.images_per_s,
-            "ranks": here.size,
+            "ranks": world.size,
             "precision": precision.name,
             "weights": config.MODEL.RESUME or config.MODEL.PRETRAINED or "random",
             "ema": arguments.ema,
             "fused": arguments.fuse,
         }
-        if here.is_main:
+        if world.is_main:
             print(f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}")
             _log.info(
                 "%d images (%d and %d correct), loss %.4f, %.1f images/s, %s on %d x %s",
                 result.images, result.correct1, result.correct5, result.loss, scored.images_per_s, precision.name,
-                here.size, here.device.type,
+                world.size, world.device.type,
             )  # fmt: skip
         outcomes = sums.outcomes() if sums else None
         with together():
-            if arguments.json and here.is_main:
+            if arguments.json and world.is_main:
                 write_text(Path(arguments.json), json.dumps(facts, indent=2) + "\n")
-            if outcomes and here.is_main:
+            if outcomes and world.is_main:
                 report_on(outcomes, scored, config, facts, folder)
 
 

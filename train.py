@@ -28,25 +28,25 @@ def main() -> None:
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from models.build import build_model
     from utils.classification import classification
-    from utils.dist import world
+    from utils.dist import join_world
     from utils.logger import setup_logging
     from utils.optim import choose_precision, choose_scoring_precision
     from utils.scoring import score_weights
     from utils.throughput import throughput_line
     from utils.trainer import train
 
-    with world(config.DEVICE, config.RANK_TIMEOUT) as here:
-        setup_logging(here.is_main)
+    with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
+        setup_logging(world.is_main)
         if config.EVAL_MODE:
-            score = score_weights(config, here, choose_scoring_precision(config, here.device, _log.info)).score
+            score = score_weights(config, world, choose_scoring_precision(config, world.device, _log.info)).score
             _log.info(f" * Acc@1 {score.acc1:.3f} Acc@5 {score.acc5:.3f}")
             return
-        precision = choose_precision(config, here.device, _log.info)
+        precision = choose_precision(config, world.device, _log.info)
         if config.THROUGHPUT_MODE:
             network = build_model(config, config.MODEL.GMA.NUM_CLASSES)
-            _log.info(throughput_line(network, config, here.device, precision))
+            _log.info(throughput_line(network, config, world.device, precision))
         else:
-            train(config, here, precision, classification())
+            train(config, world, precision, classification())
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ def detection(config: CfgNode) -> Task:
     )
 
 
-def _open_data(config: CfgNode, here: World) -> tuple[TrainData, CocoEvalData]:
-    train_data, eval_data = build_train_data(config, here), build_eval_data(config, here)
+def _open_data(config: CfgNode, world: World) -> tuple[TrainData, CocoEvalData]:
+    train_data, eval_data = build_train_data(config, world), build_eval_data(config, world)
     check_same_classes(train_data.classes, eval_data.classes)
     return train_data, eval_data
 

@@ -55,26 +55,27 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from detection.pictures import save_pictures
     from detection.scoring import score_weights
-    from utils.dist import world
+    from utils.dist import join_world
     from utils.logger import setup_logging
     from utils.metrics import describe
     from utils.optim import choose_scoring_precision
 
-    with world(config.DEVICE, config.RANK_TIMEOUT) as here:
-        setup_logging(here.is_main)
-        precision = choose_scoring_precision(config, here.device, _log.info)
-        scored = score_weights(config, here, precision, arguments.ema, arguments.random_weights)
-        if not here.is_main:
+    with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
+        setup_logging(world.is_main)
+        precision = choose_scoring_precision(config, world.device, _log.info)
+        scored = score_weights(config, world, precision, arguments.ema, arguments.random_weights)
+        if not world.is_main:
             return
         print(f" * {describe(scored.score)}")
         print_table(scored.score)
         _log.info(
             "%d images, %d detections, %.1f images/s, %s on %d x %s",
-            scored.score.images, len(scored.results), scored.images_per_s, precision.name, here.size, here.device.type,
+            scored.score.images, len(scored.results), scored.images_per_s, precision.name,
+            world.size, world.device.type,
         )  # fmt: skip
         settings = {
             "images_per_s": scored.images_per_s,
-            "ranks": here.size,
+            "ranks": world.size,
             "precision": precision.name,
             "weights": config.MODEL.RESUME or config.MODEL.PRETRAINED or "random",
             "ema": arguments.ema,

@@ -29,19 +29,19 @@ def main() -> None:
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from detection.scoring import score_weights
     from detection.task import detection
-    from utils.dist import world
+    from utils.dist import join_world
     from utils.logger import setup_logging
     from utils.metrics import describe
     from utils.optim import choose_precision, choose_scoring_precision
     from utils.trainer import train
 
-    with world(config.DEVICE, config.RANK_TIMEOUT) as here:
-        setup_logging(here.is_main)
+    with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
+        setup_logging(world.is_main)
         if config.EVAL_MODE:
-            scored = score_weights(config, here, choose_scoring_precision(config, here.device, _log.info))
+            scored = score_weights(config, world, choose_scoring_precision(config, world.device, _log.info))
             _log.info(f" * {describe(scored.score)}")
         else:
-            train(config, here, choose_precision(config, here.device, _log.info), detection(config))
+            train(config, world, choose_precision(config, world.device, _log.info), detection(config))
 
 
 if __name__ == "__main__":

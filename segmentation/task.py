@@ -30,8 +30,8 @@ def segmentation() -> Task:
     )
 
 
-def _open_data(config: CfgNode, here: World) -> tuple[TrainData, EvalData]:
-    return build_train_data(config, here), build_eval_data(config, here)
+def _open_data(config: CfgNode, world: World) -> tuple[TrainData, EvalData]:
+    return build_train_data(config, world), build_eval_data(config, world)
 
 
 def _build_network(config: CfgNode, data: TrainData) -> Segmenter:

@@ -56,7 +56,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     from segmentation.pictures import PictureSums, draw_overview
     from segmentation.scoring import score_weights
     from utils.checkpoint import write_text
-    from utils.dist import world
+    from utils.dist import join_world
     from utils.logger import setup_logging
     from utils.metrics import Sums, describe
     from utils.optim import choose_scoring_precision
@@ -68,13 +68,13 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
         folder, reduce = arguments.save_pictures, config.DATA.REDUCE_ZERO_LABEL
         return PictureSums(sums, source, order, folder, arguments.pictures, data.classes or [], reduce)
 
-    with world(config.DEVICE, config.RANK_TIMEOUT) as here:
-        setup_logging(here.is_main)
-        precision = choose_scoring_precision(config, here.device, _log.info)
+    with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
+        setup_logging(world.is_main)
+        precision = choose_scoring_precision(config, world.device, _log.info)
         result, classes, images_per_s = score_weights(
-            config, here, precision, arguments.ema, arguments.random_weights, with_pictures
+            config, world, precision, arguments.ema, arguments.random_weights, with_pictures
         )
-        if not here.is_main:
+        if not world.is_main:
             return
         if arguments.save_pictures:
             source = PairSource(Path(config.DATA.DATA_PATH), config.DATA.VAL_SPLIT)
@@ -85,14 +85,14 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
         print(f" * {describe(result)}")
         _log.info(
             "%d images, loss %.4f, %.1f images/s, %s on %d x %s",
-            result.images, result.loss, images_per_s, precision.name, here.size, here.device.type,
+            result.images, result.loss, images_per_s, precision.name, world.size, world.device.type,
         )  # fmt: skip
         if arguments.json:
             values: dict[str, Any] = {name: getattr(result, name) for name in (*result.measures, "loss", "images")}
             values |= {
                 "classes": {name: {"iou": _number(iou), "acc": _number(acc)} for name, iou, acc in by_class},
                 "images_per_s": images_per_s,
-                "ranks": here.size,
+                "ranks": world.size,
                 "precision": precision.name,
                 "weights": config.MODEL.RESUME or config.MODEL.PRETRAINED or "random",
                 "ema": arguments.ema,

@@ -32,25 +32,25 @@ def main() -> None:
     from segmentation.model import build_segmenter
     from segmentation.scoring import score_weights
     from segmentation.task import segmentation
-    from utils.dist import world
+    from utils.dist import join_world
     from utils.logger import setup_logging
     from utils.metrics import describe
     from utils.optim import choose_precision, choose_scoring_precision
     from utils.throughput import throughput_line
     from utils.trainer import train
 
-    with world(config.DEVICE, config.RANK_TIMEOUT) as here:
-        setup_logging(here.is_main)
+    with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
+        setup_logging(world.is_main)
         if config.EVAL_MODE:
-            score, *_ = score_weights(config, here, choose_scoring_precision(config, here.device, _log.info))
+            score, *_ = score_weights(config, world, choose_scoring_precision(config, world.device, _log.info))
             _log.info(f" * {describe(score)}")
             return
-        precision = choose_precision(config, here.device, _log.info)
+        precision = choose_precision(config, world.device, _log.info)
         if config.THROUGHPUT_MODE:
             network = build_segmenter(config, config.MODEL.GMA.NUM_CLASSES or 1)
-            _log.info(throughput_line(network, config, here.device, precision))
+            _log.info(throughput_line(network, config, world.device, precision))
         else:
-            train(config, here, precision, segmentation())
+            train(config, world, precision, segmentation())
 
 
 if __name__ == "__main__":

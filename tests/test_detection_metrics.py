@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 
 from detection.coco import encode_mask, index, read_coco, silence
 from detection.metrics import BoxScore, DetectionSums, MaskScore, score
-from utils.dist import world
+from utils.dist import join_world
 
 NAMES = list(CATEGORIES.values())
 
@@ -214,10 +214,10 @@ def test_classes_are_matched_by_name_and_those_that_the_data_lacks_are_left_out(
 def of_two_ranks(path):
     """What a rank of two gets as the score, having scored every other image."""
     coco = read_coco(Path(path))
-    with world("cpu", 60) as here:
-        sums = DetectionSums(coco, NAMES, True, here.is_main)
+    with join_world("cpu", 60) as world:
+        sums = DetectionSums(coco, NAMES, True, world.is_main)
         answers = guesses(coco, 1)
-        for number in range(here.rank, 24, 2):
+        for number in range(world.rank, 24, 2):
             sums.add([answers[number]], torch.tensor([number]))
         return repr(sums.total()), len(sums.results)
 

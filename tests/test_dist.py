@@ -34,9 +34,9 @@ from utils.dist import (
     choose_device,
     gather,
     gather_objects,
+    join_world,
     sum_over_ranks,
     together,
-    world,
 )
 from utils.engine import Watch, evaluate, train_one_epoch
 from utils.errors import BrokenDataError, LostRankError, NotFiniteError, Stopped, UserError
@@ -61,17 +61,17 @@ def pretend_gpus(monkeypatch, count):
 
 
 def test_without_a_launcher_a_process_is_alone(alone):
-    with world("cpu") as here:
-        assert here == World(0, 1, torch.device("cpu"))
-        assert here.is_main
+    with join_world("cpu") as world:
+        assert world == World(0, 1, torch.device("cpu"))
+        assert world.is_main
         assert not torch.distributed.is_initialized()
 
 
 def test_a_launcher_of_one_process_needs_no_group(monkeypatch):
     for name, value in zip(NAMES, ("0", "1", "0", "1"), strict=True):
         monkeypatch.setenv(name, value)
-    with world("cpu") as here:
-        assert (here.rank, here.size) == (0, 1)
+    with join_world("cpu") as world:
+        assert (world.rank, world.size) == (0, 1)
         assert not torch.distributed.is_initialized()
 
 
@@ -106,7 +106,7 @@ def fail(monkeypatch):
     monkeypatch.setattr("utils.dist._fresh_store", lambda *arguments: None)
 
     def fail_with(error):
-        with world("cpu", 30):
+        with join_world("cpu", 30):
             raise error
 
     return fail_with
@@ -198,26 +198,26 @@ class Told(Watch):
 
 def meet():
     """What a process sees of another one."""
-    with world("cpu", 60) as here:
+    with join_world("cpu", 60) as world:
         seen = {
-            "world": [here.rank, here.size, here.local_size, here.device.type, here.is_main],
-            "sum": sum_over_ranks(torch.tensor([here.rank + 1, 10])).tolist(),
-            "gather": gather(torch.tensor([here.rank, 5.0 if here.rank == 0 else math.nan])).tolist(),
-            "any": [any_rank(flag, here.device) for flag in (True, False, here.rank == 0, here.rank == 1)],
-            "objects": gather_objects({"rank": here.rank, "text": "x" * here.rank}),
-            "together": [fail_together(here, failing) for failing in ((), (0,), (1,), (0, 1), ())],
-            "score": score_shares(here),
-            "stops": stop_evaluations(here),
-            "complaints": meet_broken_images(here),
-            "alarms": raise_alarms(here),
-            "lost": lose_a_loss(here),
-            "left_out": leave_out_an_update(here),
+            "world": [world.rank, world.size, world.local_size, world.device.type, world.is_main],
+            "sum": sum_over_ranks(torch.tensor([world.rank + 1, 10])).tolist(),
+            "gather": gather(torch.tensor([world.rank, 5.0 if world.rank == 0 else math.nan])).tolist(),
+            "any": [any_rank(flag, world.device) for flag in (True, False, world.rank == 0, world.rank == 1)],
+            "objects": gather_objects({"rank": world.rank, "text": "x" * world.rank}),
+            "together": [fail_together(world, failing) for failing in ((), (0,), (1,), (0, 1), ())],
+            "score": score_shares(world),
+            "stops": stop_evaluations(world),
+            "complaints": meet_broken_images(world),
+            "alarms": raise_alarms(world),
+            "lost": lose_a_loss(world),
+            "left_out": leave_out_an_update(world),
         }
         norm = nn.BatchNorm1d(2)
-        norm.running_mean.fill_(here.rank + 5)
+        norm.running_mean.fill_(world.rank + 5)
         broadcast_buffers(norm)
         seen["buffers"] = norm.running_mean.tolist()
-        seen |= train_shares(here)
+        seen |= train_shares(world)
         seen["pauses"] = [pauses_before_a_fork()]
     seen["pauses"].append(pauses_before_a_fork())
     seen["left"] = not torch.distributed.is_initialized()
@@ -233,75 +233,75 @@ def pauses_before_a_fork():
     return sleep.call_count
 
 
-def fail_together(here, failing):
+def fail_together(world, failing):
     try:
         with together():
-            if here.rank in failing:
-                raise BrokenDataError(f"rank {here.rank} has no disk")
+            if world.rank in failing:
+                raise BrokenDataError(f"rank {world.rank} has no disk")
     except UserError as error:
         return str(error)
     return None
 
 
-def score_shares(here):
+def score_shares(world):
     data = batches(5, 4)
-    share = data[:4] if here.rank == 0 else data[4:]
-    score = evaluate(small_network(), to_score(share, images=20, rounds=1), here, FP32)
+    share = data[:4] if world.rank == 0 else data[4:]
+    score = evaluate(small_network(), to_score(share, images=20, rounds=1), world, FP32)
     return [score.images, score.correct1, score.correct5, score.loss]
 
 
-def stop_evaluations(here):
+def stop_evaluations(world):
     """How evaluations end where one rank must stop, at its first batch or its last."""
     cases = itertools.product(range(2), (0, 2), ("first", "last"), ("broken", "asked"))
-    return {" ".join(map(str, case)): stop_evaluation(here, *case) for case in cases}
+    return {" ".join(map(str, case)): stop_evaluation(world, *case) for case in cases}
 
 
-def stop_evaluation(here, rank, rounds, at, why):
+def stop_evaluation(world, rank, rounds, at, why):
     """How an evaluation of 3 batches on rank 0 and 2 on rank 1 ends, and how many batches this rank scored."""
-    count, scored, network = 3 - here.rank, [], small_network()
+    count, scored, network = 3 - world.rank, [], small_network()
     data, number = batches(count, 4), 0 if at == "first" else count - 1
-    asked, stops = itertools.count(), here.rank == rank
+    asked, stops = itertools.count(), world.rank == rank
     if stops and why == "broken":
         data[number] = (*data[number][:2], ["", "a.png is broken", "", ""])
     network.register_forward_hook(lambda module, inputs, output: scored.append(None))
     signals = (lambda: 15 * (next(asked) >= number)) if stops and why == "asked" else int
     try:
-        evaluate(network, to_score(data, rounds=rounds), here, FP32, asked_to_stop=signals)
+        evaluate(network, to_score(data, rounds=rounds), world, FP32, asked_to_stop=signals)
     except (BrokenDataError, Stopped) as error:
         return [str(error), len(scored)]
 
 
-def meet_broken_images(here):
+def meet_broken_images(world):
     """What a watch is told when rank 1 meets a broken image, and what the default one makes of it."""
     data = batches(2, 4)
-    if here.rank == 1:
+    if world.rank == 1:
         data[1] = (*data[1][:2], ["a.png", "b.png", "", ""])
     watch, network = Told(), small_network()
-    train_one_epoch(in_ddp(network, 2, here), data, 10, watch)
+    train_one_epoch(in_ddp(network, 2, world), data, 10, watch)
     network = small_network()
-    training = in_ddp(network, 2, here)
+    training = in_ddp(network, 2, world)
     try:
         train_one_epoch(training, data, 10, Watch())
     except BrokenDataError as error:
         return [watch.told, str(error), training.progress.updates]
 
 
-def raise_alarms(here):
-    alarms = [(15, False), (0, False), (0, False)] if here.rank == 1 else [(0, False), (0, True), (0, False)]
+def raise_alarms(world):
+    alarms = [(15, False), (0, False), (0, False)] if world.rank == 1 else [(0, False), (0, True), (0, False)]
     watch = Told(alarms)
-    train_one_epoch(in_ddp(small_network(), 3, here), batches(3, 4), 10, watch)
+    train_one_epoch(in_ddp(small_network(), 3, world), batches(3, 4), 10, watch)
     return watch.told
 
 
-def losing_on_rank_1(here, at):
+def losing_on_rank_1(world, at):
     calls = itertools.count()
-    return lambda x, y: nn.functional.cross_entropy(x, y) + (math.nan if next(calls) == at and here.rank == 1 else 0)
+    return lambda x, y: nn.functional.cross_entropy(x, y) + (math.nan if next(calls) == at and world.rank == 1 else 0)
 
 
-def lose_a_loss(here):
+def lose_a_loss(world):
     """What ends a run in which rank 1's loss is no number, and what is left of it."""
     network = small_network()
-    training = in_ddp(network, 2, here, criterion=losing_on_rank_1(here, 1))
+    training = in_ddp(network, 2, world, criterion=losing_on_rank_1(world, 1))
     states = []
     watch = Told()
     watch.on_update = lambda signal, failed: states.append(copy.deepcopy(network.state_dict()))
@@ -312,23 +312,23 @@ def lose_a_loss(here):
         return [str(error), list(map(math.isfinite, error.losses)), kept, training.progress.updates]
 
 
-def leave_out_an_update(here):
+def leave_out_an_update(world):
     training = in_ddp(
-        small_network(), 3, here, criterion=losing_on_rank_1(here, 1), scaler=torch.amp.GradScaler("cpu")
+        small_network(), 3, world, criterion=losing_on_rank_1(world, 1), scaler=torch.amp.GradScaler("cpu")
     )  # fmt: skip
     train_one_epoch(training, batches(3, 4), 10, Watch())
     progress = training.progress
     return [progress.place, progress.updates, progress.left_out, training.network[1].weight.flatten().tolist()]
 
 
-def in_ddp(network, steps, here, config=None, **others):
-    return training_of(network, steps, config, world=here, model=DistributedDataParallel(network), **others)
+def in_ddp(network, steps, world, config=None, **others):
+    return training_of(network, steps, config, world=world, model=DistributedDataParallel(network), **others)
 
 
-def train_shares(here):
+def train_shares(world):
     network, config = small_network(), plain_training(TRAIN__ACCUMULATION_STEPS=2, DATA__BATCH_SIZE=2)
-    share = fine((images[here.rank :: 2], targets[here.rank :: 2]) for images, targets, _ in batches(5, 4))
-    training = in_ddp(network, 5, here, config)
+    share = fine((images[world.rank :: 2], targets[world.rank :: 2]) for images, targets, _ in batches(5, 4))
+    training = in_ddp(network, 5, world, config)
     for group in training.optimizer.param_groups:
         group["initial_lr"] = 0.02
     training.scheduler.base_values = [0.02 for _ in training.scheduler.base_values]
@@ -467,11 +467,11 @@ def lose(how, lost, timeout, where, folder):
     """Loses a rank; gives what the other one says at its next exchange, and after how many seconds."""
     wait_for_both(Path(folder))
     try:
-        with world("cpu", float(timeout)) as here:
+        with join_world("cpu", float(timeout)) as world:
             gather(torch.zeros(1))
-            training = in_ddp(small_network(), 2, here)
+            training = in_ddp(small_network(), 2, world)
             since = time.monotonic()
-            if here.rank == int(lost):
+            if world.rank == int(lost):
                 os.kill(os.getpid(), {"dies": signal.SIGKILL, "hangs": signal.SIGSTOP}[how])
             exchange_in(where, training)
     except LostRankError as error:

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils import checkpoint
 from utils.broken import BrokenImages
 from utils.classification import classification
-from utils.dist import World, world
+from utils.dist import World, join_world
 from utils.engine import train_one_epoch
 from utils.errors import NotFiniteError, Stopped, UserError
 from utils.keeper import Keeper
@@ -52,7 +52,7 @@ def config_with(**changes):
     return plain_training(**{**fixed, **changes})
 
 
-def training_of(config=None, lost=(), here=ALONE):
+def training_of(config=None, lost=(), world=ALONE):
     """A training of epochs with six places, of which some, as (epoch, place), lose their loss."""
     network, progress = small_network(), Progress()
     model = DistributedDataParallel(network) if torch.distributed.is_initialized() else network
@@ -61,7 +61,7 @@ def training_of(config=None, lost=(), here=ALONE):
         is_lost = (progress.epoch, progress.place) in lost
         return nn.functional.cross_entropy(logits, targets) + (math.nan if is_lost else 0)
 
-    settings = {"model": model, "criterion": criterion, "progress": progress, "world": here}
+    settings = {"model": model, "criterion": criterion, "progress": progress, "world": world}
     return helpers_unit.training_of(network, PLACES, config or config_with(), **settings)
 
 
@@ -222,7 +222,7 @@ def test_a_task_is_scored_and_logged_by_its_own_measures(tmp_path, caplog):
 
 
 def test_only_rank_0_writes(tmp_path):
-    training = training_of(here=World(1, 2, CPU))
+    training = training_of(world=World(1, 2, CPU))
     keeper = keeper_of(tmp_path, training, config_with(TRAIN__SAVE_UPDATES=1))
     for place in range(1, 6):
         training.progress.place = place
@@ -479,43 +479,43 @@ def test_a_broken_image_ends_the_run_before_its_update_unless_it_is_replaced(tmp
 
 def keep(folder):
     """How runs end on this rank where something happens on one rank only."""
-    with world("cpu", 60) as here:
+    with join_world("cpu", 60) as world:
         cases = {"full": full_disk, "signal": signal_to_rank_1, "stop": lose_a_loss, "skip": skip_a_loss}
-        return {name: case(Path(folder) / name, here) for name, case in cases.items()}
+        return {name: case(Path(folder) / name, world) for name, case in cases.items()}
 
 
-def full_disk(folder, here):
+def full_disk(folder, world):
     """What a checkpoint that rank 0 cannot write ends with."""
     config = config_with(TRAIN__SAVE_UPDATES=1)
     error = UserError("No space left on device")
-    with mock.patch.object(checkpoint, "save_numbered", side_effect=error if here.is_main else None):
+    with mock.patch.object(checkpoint, "save_numbered", side_effect=error if world.is_main else None):
         try:
-            run(folder, training_of(config, here=here), config)
+            run(folder, training_of(config, world=world), config)
         except UserError as caught:
             return str(caught)
 
 
-def signal_to_rank_1(folder, here):
+def signal_to_rank_1(folder, world):
     """How a signal to rank 1 ends, and what each rank wrote in a folder of its own."""
-    own, training = folder / str(here.rank), training_of(here=here)
+    own, training = folder / str(world.rank), training_of(world=world)
     try:
-        train_one_epoch(training, batches(PLACES, 4), 2, keeper_of(own, training, signal=15 * here.rank))
+        train_one_epoch(training, batches(PLACES, 4), 2, keeper_of(own, training, signal=15 * world.rank))
     except Stopped as stopped:
         return [stopped.signal, training.progress.place, names(own, "*")]
 
 
-def lose_a_loss(folder, here):
+def lose_a_loss(folder, world):
     """What a loss that rank 1 lost ends with, where runs stop."""
     try:
-        run(folder, training_of(lost={(0, 2)} if here.rank else (), here=here), config_with())
+        run(folder, training_of(lost={(0, 2)} if world.rank else (), world=world), config_with())
     except UserError as error:
         return str(error)
 
 
-def skip_a_loss(folder, here):
+def skip_a_loss(folder, world):
     """How far a run comes that skips a loss that rank 1 lost, and its weights."""
     config = config_with(TRAIN__ON_NONFINITE="skip", TRAIN__SAVE_UPDATES=2)
-    training = training_of(config, {(0, 3)} if here.rank else (), here)
+    training = training_of(config, {(0, 3)} if world.rank else (), world)
     run(folder, training, config)
     progress = training.progress
     weights = [parameter.flatten().tolist() for parameter in training.network.parameters()]

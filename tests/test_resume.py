@@ -378,9 +378,9 @@ def test_another_number_of_ranks_is_refused_in_a_sentence(tmp_path):
 def test_an_elastic_run_keeps_its_images_an_update(tmp_path, ranks, batch_size, accumulation, caplog):
     save(tmp_path)
     config = config_with(TRAIN__ELASTIC=True, DATA__BATCH_SIZE=batch_size)
-    here = World(0, ranks, CPU)
-    found = find_state(config, tmp_path, here)
-    fitted = fit_to_ranks(config, found, here)
+    world = World(0, ranks, CPU)
+    found = find_state(config, tmp_path, world)
+    fitted = fit_to_ranks(config, found, world)
     steps = [one.TRAIN.ACCUMULATION_STEPS for one in (fitted, config)]
     assert steps == [accumulation, 2]
     is_exact = (ranks, batch_size) == (1, 4)
@@ -390,12 +390,12 @@ def test_an_elastic_run_keeps_its_images_an_update(tmp_path, ranks, batch_size, 
 
 def test_an_elastic_run_that_cannot_keep_its_images_an_update_is_refused(tmp_path):
     save(tmp_path)
-    config, here = config_with(TRAIN__ELASTIC=True), World(0, 3, CPU)
-    found = find_state(config, tmp_path, here)
+    config, world = config_with(TRAIN__ELASTIC=True), World(0, 3, CPU)
+    found = find_state(config, tmp_path, world)
     with pytest.raises(
         UserError, match=r"8 images cannot be made of steps of 12 .* --batch-size that divides 8"
     ) as caught:
-        fit_to_ranks(config, found, here)
+        fit_to_ranks(config, found, world)
     assert "\n" not in str(caught.value)
 
 

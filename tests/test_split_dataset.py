@@ -29,8 +29,8 @@ def test_items_are_joined_as_by_walking_from_one_to_the_next(keys):
     for start in range(len(keys)):
         seen, waiting = {start}, [start]
         while waiting:
-            here = set(keys[waiting.pop()])
-            new = {item for item, of_item in enumerate(keys) if item not in seen and here & set(of_item)}
+            world = set(keys[waiting.pop()])
+            new = {item for item, of_item in enumerate(keys) if item not in seen and world & set(of_item)}
             seen |= new
             waiting += new
         walked.append(min(seen))

@@ -104,14 +104,14 @@ def build_scorer(arguments: argparse.Namespace, trained: Trained) -> Callable[[M
         config.DATA.BATCH_SIZE = arguments.batch_size
     if arguments.workers is not None:
         config.DATA.NUM_WORKERS = arguments.workers
-    here = World(0, 1, device)
-    data = build_eval_data(config, here, trained.classes, len(trained.labels))
+    world = World(0, 1, device)
+    data = build_eval_data(config, world, trained.classes, len(trained.labels))
     network, source = trained.network.to(device, memory_format=memory_format(config)), str(trained.source)
     precision = Precision(arguments.precision or "fp32", device.type)
 
     def score(weights: Mapping[str, Tensor]) -> Score:
         load_weights(network, weights, source)
-        return evaluate(network, data, here, precision)
+        return evaluate(network, data, world, precision)
 
     return score
 

@@ -28,7 +28,7 @@ from models.build import build_model  # noqa: E402
 from utils import checkpoint, engine  # noqa: E402
 from utils.classification import classification  # noqa: E402
 from utils.cli import at_least, config_from, make_parser, run  # noqa: E402
-from utils.dist import world  # noqa: E402
+from utils.dist import join_world  # noqa: E402
 from utils.engine import Training, Watch, train_one_epoch  # noqa: E402
 from utils.optim import choose_precision  # noqa: E402
 from utils.resume import state_of  # noqa: E402
@@ -45,18 +45,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=at_least(2), default=20, metavar="N", help="pairs of updates (default 20)")
     arguments = parser.parse_args()
     config = config_from(arguments)
-    with world(config.DEVICE, config.RANK_TIMEOUT) as here:
-        precision = choose_precision(config, here.device, lambda _: None)
+    with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
+        precision = choose_precision(config, world.device, lambda _: None)
         network = build_model(config, _CLASSES)
         training = build_training(
-            config, here, precision, classification(), network, steps_per_epoch=2 * arguments.rounds + 2
+            config, world, precision, classification(), network, steps_per_epoch=2 * arguments.rounds + 2
         )
         shape = (config.DATA.BATCH_SIZE, config.MODEL.GMA.IN_DIM, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
         with_checks, without = time_updates(training, shape)
         cost = [100 * (checked / bare - 1) for checked, bare in zip(with_checks, without, strict=True)]
         low, middle, high = statistics.quantiles(cost, n=4, method="inclusive")
-        if here.is_main:
-            where = f"{here.size} x {here.device.type}, {precision.name}, {config.DATA.BATCH_SIZE} images a rank"
+        if world.is_main:
+            where = f"{world.size} x {world.device.type}, {precision.name}, {config.DATA.BATCH_SIZE} images a rank"
             print(f"{config.MODEL.NAME} on {where}, medians of {arguments.rounds}:")
             print(f"  update with checks     {1e3 * statistics.median(with_checks):9.2f} ms")
             print(f"  update without         {1e3 * statistics.median(without):9.2f} ms")

@@ -51,7 +51,7 @@ from tools.imagenet_sets.sets import (  # noqa: E402
 )
 from utils.checkpoint import write_text  # noqa: E402
 from utils.cli import Parser, at_least, check_report, run  # noqa: E402
-from utils.dist import World, together, world  # noqa: E402
+from utils.dist import World, join_world, together  # noqa: E402
 from utils.engine import evaluate  # noqa: E402
 from utils.errors import UserError, listing  # noqa: E402
 from utils.logger import setup_logging  # noqa: E402
@@ -231,27 +231,27 @@ def main() -> None:
     config = trained.config.clone()
     config.DATA.BATCH_SIZE = arguments.batch_size or config.DATA.BATCH_SIZE
     config.DATA.NUM_WORKERS = config.DATA.NUM_WORKERS if arguments.workers is None else arguments.workers
-    with world(arguments.device, config.RANK_TIMEOUT) as here:
-        setup_logging(here.is_main)
+    with join_world(arguments.device, config.RANK_TIMEOUT) as world:
+        setup_logging(world.is_main)
         if missing:
             _log.warning("%s lacks %s: no mCE will be told", arguments.c, listing(missing))
         network = fuse(trained.network) if arguments.fuse else trained.network
-        network.to(here.device, memory_format=memory_format(config))
-        precision = Precision(arguments.precision, here.device.type)
+        network.to(world.device, memory_format=memory_format(config))
+        precision = Precision(arguments.precision, world.device.type)
         conditions = {
             "weights": str(arguments.checkpoint),
             "ema": trained.is_ema,
             "img_size": config.DATA.IMG_SIZE,
             "precision": precision.name,
             "fused": arguments.fuse,
-            "ranks": here.size,
-            "device": here.device.type,
+            "ranks": world.size,
+            "device": world.device.type,
         }
         _log.info("scoring: %s", ", ".join(f"{name} {value}" for name, value in conditions.items()))
-        scorer = Scorer(network, numbers, config, here, precision, arguments.c_crop)
+        scorer = Scorer(network, numbers, config, world, precision, arguments.c_crop)
         scores = score_sets(scorer, sets)
-        by_corruption = score_corrupted(scorer, corrupted, here.is_main)
-        if here.is_main:
+        by_corruption = score_corrupted(scorer, corrupted, world.is_main)
+        if world.is_main:
             report(arguments, conditions, scores, by_corruption, missing)
 
 

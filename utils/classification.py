@@ -31,10 +31,10 @@ def classification() -> Task:
     )
 
 
-def _open_data(config: CfgNode, here: World) -> tuple[TrainData, EvalData]:
-    train_data = build_train_data(config, here)
+def _open_data(config: CfgNode, world: World) -> tuple[TrainData, EvalData]:
+    train_data = build_train_data(config, world)
     count_classes(config, train_data.classes)
-    eval_data = build_eval_data(config, here, known=None, num_classes=None)
+    eval_data = build_eval_data(config, world, known=None, num_classes=None)
     check_same_classes(train_data.classes, eval_data.classes)
     if config.DISTILL.TEACHER:
         check_teacher(config, train_data.classes)

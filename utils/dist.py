@@ -68,7 +68,7 @@ def choose_device(name: str, local_rank: int, local_size: int) -> torch.device:
 
 
 @contextmanager
-def world(device: str = "auto", timeout_s: float = 600) -> Iterator[World]:
+def join_world(device: str = "auto", timeout_s: float = 600) -> Iterator[World]:
     """Joins the processes that `torchrun` or `torch.distributed.launch` started, and leaves them at the end.
 
     Args:

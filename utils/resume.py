@@ -47,7 +47,7 @@ class Found:
     state: dict[str, Any]
 
 
-def find_state(config: CfgNode, folder: Path, here: World) -> Found | None:
+def find_state(config: CfgNode, folder: Path, world: World) -> Found | None:
     """The checkpoint to go on from: --resume, else the folder's newest unless TRAIN.AUTO_RESUME is off.
 
     Where the folder's run was itself started with this --resume, its newest one is meant: a queue starts the same
@@ -60,13 +60,13 @@ def find_state(config: CfgNode, folder: Path, here: World) -> Found | None:
     """
     found = None
     with together():
-        if here.is_main:
+        if world.is_main:
             found = _choose(config, folder)
             if found:
-                _check_same_run(config, found, here)
+                _check_same_run(config, found, world)
     path, checksum = gather_objects((str(found.path), found.state.get("checksum")) if found else ("", None))[0]
     with together():
-        if path and not here.is_main:
+        if path and not world.is_main:
             found = Found(Path(path), checkpoint.load(path))
             if found.state.get("checksum") != checksum:
                 raise UserError(f"ranks read different files as {path}: put --output where all machines see it")
@@ -96,7 +96,7 @@ def _run_started_from(config: CfgNode, folder: Path) -> Found | None:
     return None
 
 
-def _check_same_run(config: CfgNode, found: Found, here: World) -> None:
+def _check_same_run(config: CfgNode, found: Found, world: World) -> None:
     """Refuses a checkpoint that this run cannot go on with as it is."""
     progress = found.state.get("progress")
     if not isinstance(progress, dict) or "images_per_update" not in progress:
@@ -113,9 +113,9 @@ def _check_same_run(config: CfgNode, found: Found, here: World) -> None:
             f"{found.path} is of a run with other settings ({listing(list(changes.values()), 20)}): {another}"
             f"add --allow-changes to go on with these{elastic}"
         )
-    if progress["ranks"] != here.size and not config.TRAIN.ELASTIC:
+    if progress["ranks"] != world.size and not config.TRAIN.ELASTIC:
         raise UserError(
-            f"{found.path} is of a run on {progress['ranks']} rank(s), and this one has {here.size}: use as many, or "
+            f"{found.path} is of a run on {progress['ranks']} rank(s), and this one has {world.size}: use as many, or "
             f"add --elastic to keep its {progress['images_per_update']} images an update and the order of its samples"
         )
 
@@ -155,7 +155,7 @@ def other_classes(state: Mapping[str, Any], classes: list[str] | None) -> str:
     return listing([f"{number}: {old} -> {new}" for number, (old, new) in enumerate(pairs) if old != new])
 
 
-def fit_to_ranks(config: CfgNode, found: Found | None, here: World) -> CfgNode:
+def fit_to_ranks(config: CfgNode, found: Found | None, world: World) -> CfgNode:
     """The configuration with the accumulation that keeps a run's images an update, if that is asked for.
 
     Raises:
@@ -163,20 +163,20 @@ def fit_to_ranks(config: CfgNode, found: Found | None, here: World) -> CfgNode:
     """
     if not (found and config.TRAIN.ELASTIC):
         return config
-    saved, at_once = found.state["progress"], config.DATA.BATCH_SIZE * here.size
+    saved, at_once = found.state["progress"], config.DATA.BATCH_SIZE * world.size
     images = saved["images_per_update"]
     if images % at_once:
         raise UserError(
             f"an update of {images} images cannot be made of steps of {at_once} (DATA.BATCH_SIZE "
-            f"{config.DATA.BATCH_SIZE} on {here.size} rank(s)): choose a --batch-size that divides {images}"
+            f"{config.DATA.BATCH_SIZE} on {world.size} rank(s)): choose a --batch-size that divides {images}"
         )
     fitted = config.clone()
     fitted.TRAIN.ACCUMULATION_STEPS = images // at_once
-    if saved["ranks"] != here.size or differences(fitted, found.state["config"]).keys() & _KEYS_OF_THE_BATCH:
+    if saved["ranks"] != world.size or differences(fitted, found.state["config"]).keys() & _KEYS_OF_THE_BATCH:
         _log.warning(
             "going on with %d rank(s) instead of %d, in %d step(s) an update: images an update, order and learning "
             "rate stay; erasing, drop path, mixup, batch norms and rounding are no longer those of one whole run",
-            here.size, saved["ranks"], images // at_once,
+            world.size, saved["ranks"], images // at_once,
         )  # fmt: skip
     return fitted
 

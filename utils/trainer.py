@@ -52,15 +52,15 @@ from utils.tracking import check_tracking
 _log = logging.getLogger(__name__)
 
 
-def train(config: CfgNode, here: World, precision: Precision, task: Task) -> None:
+def train(config: CfgNode, world: World, precision: Precision, task: Task) -> None:
     """Builds everything and runs the epochs."""
     folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
-    found = find_state(config, folder, here)
+    found = find_state(config, folder, world)
     with together():
-        if here.is_main:
+        if world.is_main:
             check_tracking(config.WANDB)
-        config = fit_to_ranks(config, found, here)
-        train_data, eval_data = task.open_data(config, here)
+        config = fit_to_ranks(config, found, world)
+        train_data, eval_data = task.open_data(config, world)
         if found:
             check_classes(found, train_data.classes)
         seed_everything(number_for(config.SEED, "weights"))
@@ -68,14 +68,14 @@ def train(config: CfgNode, here: World, precision: Precision, task: Task) -> Non
         if not found:
             start_from_pretrained(config, network, train_data.classes, task.load_to_start)
     steps_per_epoch = steps_of_epoch(config, found, train_data.steps_per_epoch)
-    training = build_training(config, here, precision, task, network, steps_per_epoch)
+    training = build_training(config, world, precision, task, network, steps_per_epoch)
     with together():
         if found:
             restore(found.state, training, config)
         config = without_permissions(config)
         make_folder(folder, training, config.KEEP)
 
-    with hold(folder, here), StopSignals() as signals:
+    with hold(folder, world), StopSignals() as signals:
         with together():
             keeper = open_run(config, training, train_data, folder, found, signals)
         if found:
@@ -91,25 +91,25 @@ def train(config: CfgNode, here: World, precision: Precision, task: Task) -> Non
 
 
 def build_training(
-    config: CfgNode, here: World, precision: Precision, task: Task, network: nn.Module, steps_per_epoch: int
+    config: CfgNode, world: World, precision: Precision, task: Task, network: nn.Module, steps_per_epoch: int
 ) -> Training:
     """Puts the network on its device and builds what trains it; every rank must call."""
-    on_gpus = here.device.type == "cuda"
+    on_gpus = world.device.type == "cuda"
     if on_gpus:
         choose_kernels(config.DETERMINISTIC, task.one_size)
-    if on_gpus and here.size > 1 and config.TRAIN.SYNC_BN:
+    if on_gpus and world.size > 1 and config.TRAIN.SYNC_BN:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    network.to(here.device, memory_format=memory_format(config))
+    network.to(world.device, memory_format=memory_format(config))
     steps = Steps(steps_per_epoch, accumulation_steps(config), config.TRAIN.EPOCHS)
-    optimizer = build_optimizer(config, network, here.size)
+    optimizer = build_optimizer(config, network, world.size)
     ema = build_ema(config, network)
     if task.compile and config.TRAIN.COMPILE:
         task.compile(network)
     model: nn.Module = network
-    if here.size > 1:
+    if world.size > 1:
         model = DistributedDataParallel(
             network,
-            device_ids=[here.device.index] if on_gpus else None,
+            device_ids=[world.device.index] if on_gpus else None,
             gradient_as_bucket_view=True,
         )
     return Training(
@@ -117,13 +117,13 @@ def build_training(
         model=model,
         criterion=task.build_loss(config),
         optimizer=optimizer,
-        scheduler=build_scheduler(config, optimizer, steps, here.size),
+        scheduler=build_scheduler(config, optimizer, steps, world.size),
         scaler=precision.grad_scaler(),
         ema=ema,
-        finish=task.build_finish(config, here.device),
+        finish=task.build_finish(config, world.device),
         batch_transform=task.build_batch_transform(config, network, precision),
         precision=precision,
-        world=here,
+        world=world,
         steps=steps,
         batch_size=config.DATA.BATCH_SIZE,
         clip_grad=config.TRAIN.CLIP_GRAD,
@@ -152,12 +152,12 @@ def make_folder(folder: Path, training: Training, keep: int) -> None:
 
 
 @contextmanager
-def hold(folder: Path, here: World) -> Iterator[None]:
+def hold(folder: Path, world: World) -> Iterator[None]:
     """Keeps other runs out of a folder, and removes what a killed one was writing there; every rank must call."""
     with together():
-        lock = RunLock(folder) if here.is_main else nullcontext()
+        lock = RunLock(folder) if world.is_main else nullcontext()
     with lock:
-        if here.is_main:
+        if world.is_main:
             checkpoint.remove_unfinished(folder)
         yield
 
