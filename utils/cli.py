@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from yacs.config import CfgNode
 
-from utils.config import check, default_config, load_config, merge, merge_options
+from utils.config import check, default_config, load_config, merge_options, merge_value
 from utils.errors import BrokenDataError, LostRankError, Stopped, UserError, reason
 
 # flag -> the key that it overrides
@@ -141,9 +141,7 @@ def config_from(
     for flag, name in _KEYS.items():
         value = getattr(arguments, flag)
         if value is not None:
-            for part in reversed(name.split(".")):
-                value = {part: value}
-            merge(config, value, f"--{flag.replace('_', '-')}")
+            merge_value(config, name, value, f"--{flag.replace('_', '-')}")
     try:
         check(config)
     except UserError as error:
@@ -206,22 +204,17 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, (BrokenDataError, LostRankError)):
-            # A loader's process hands its error over with a traceback above it; the message is the last line.
-            message = (
-                str(error).splitlines()[-1].removeprefix(f"{BrokenDataError.__module__}.{BrokenDataError.__name__}: ")
-            )
-            print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        # A loader's process hands its error over with a traceback above it; the message is the last line.
+        message = str(error).splitlines()[-1].removeprefix(f"{BrokenDataError.__module__}.{BrokenDataError.__name__}: ")
+        _fail(message, of_all_ranks=not isinstance(error, (BrokenDataError, LostRankError)))
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        print(
-            f"error: {reason(error)}: where memory ran out, use fewer loader processes (DATA.NUM_WORKERS, --workers); "
+        _fail(
+            f"{reason(error)}: where memory ran out, use fewer loader processes (DATA.NUM_WORKERS, --workers); "
             "then start the same command again",
-            file=sys.stderr,
+            of_all_ranks=False,
         )
-        sys.exit(2)
     except BrokenPipeError:
         if _is_output_read():
             raise
@@ -231,13 +224,18 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {error.filename} has a name that is too long for a file: shorten it", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{error.filename} has a name that is too long for a file: shorten it", of_all_ranks=True)
     except Stopped as stopped:
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _fail(message: str, of_all_ranks: bool) -> NoReturn:
+    """Ends with a line, which of an error that all ranks meet only the first of each machine says."""
+    if not of_all_ranks or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _is_output_read() -> bool:

@@ -316,9 +316,14 @@ def merge_options(config: CfgNode, options: list[str]) -> None:
             value = text if _is_text(config, name) else yaml.load(text, Loader=_Loader)
         except (yaml.YAMLError, ValueError):
             raise UserError(f"--opts {name} {text!r}: the value is not valid YAML: quote it") from None
-        for part in reversed(name.split(".")):
-            value = {part: value}
-        merge(config, value, "--opts")
+        merge_value(config, name, value, "--opts")
+
+
+def merge_value(config: CfgNode, name: str, value: Any, source: str) -> None:
+    """Overrides one key by its dotted name, as `merge` does."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    merge(config, value, source)
 
 
 def _is_text(config: CfgNode, name: str) -> bool:
