@@ -50,7 +50,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
     from utils.checkpoint import write_text
     from utils.dist import join_world, together
     from utils.logger import setup_logging
-    from utils.optim import choose_scoring_precision
+    from utils.precision import choose_scoring_precision
     from utils.reporting.folder import check_report_folder
     from utils.reporting.outcomes import OutcomeSums
     from utils.scoring import score_weights

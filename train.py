@@ -30,7 +30,7 @@ def main() -> None:
     from utils.classification import classification
     from utils.dist import join_world
     from utils.logger import setup_logging
-    from utils.optim import choose_precision, choose_scoring_precision
+    from utils.precision import choose_precision, choose_scoring_precision
     from utils.scoring import score_weights
     from utils.throughput import throughput_line
     from utils.trainer import train

@@ -8,7 +8,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from yacs.config import CfgNode
 
-from utils.optim import memory_format
+from utils.precision import memory_format
 
 
 class Normalize:

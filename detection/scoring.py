@@ -12,7 +12,7 @@ from detection.metrics import BoxScore, DetectionSums
 from detection.model import build_detector
 from models.build import load_weights
 from utils.dist import World, together
-from utils.optim import Precision, memory_format
+from utils.precision import Precision, memory_format
 from utils.scoring import choose_weights, log_matched, read_weights, score_timed
 
 

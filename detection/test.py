@@ -58,7 +58,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     from utils.dist import join_world
     from utils.logger import setup_logging
     from utils.metrics import describe
-    from utils.optim import choose_scoring_precision
+    from utils.precision import choose_scoring_precision
 
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         setup_logging(world.is_main)

@@ -32,7 +32,7 @@ def main() -> None:
     from utils.dist import join_world
     from utils.logger import setup_logging
     from utils.metrics import describe
-    from utils.optim import choose_precision, choose_scoring_precision
+    from utils.precision import choose_precision, choose_scoring_precision
     from utils.trainer import train
 
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:

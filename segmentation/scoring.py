@@ -14,7 +14,7 @@ from segmentation.task import build_sums
 from utils.dist import World, together
 from utils.errors import UserError, listing
 from utils.metrics import Sums
-from utils.optim import Precision, memory_format
+from utils.precision import Precision, memory_format
 from utils.scoring import choose_weights, read_weights, score_timed
 
 

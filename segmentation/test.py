@@ -59,7 +59,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     from utils.dist import join_world
     from utils.logger import setup_logging
     from utils.metrics import Sums, describe
-    from utils.optim import choose_scoring_precision
+    from utils.precision import choose_scoring_precision
 
     def with_pictures(sums: Sums, data: EvalData) -> Sums:
         if arguments.save_pictures is None:

@@ -35,7 +35,7 @@ def main() -> None:
     from utils.dist import join_world
     from utils.logger import setup_logging
     from utils.metrics import describe
-    from utils.optim import choose_precision, choose_scoring_precision
+    from utils.precision import choose_precision, choose_scoring_precision
     from utils.throughput import throughput_line
     from utils.trainer import train
 

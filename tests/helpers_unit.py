@@ -29,8 +29,9 @@ from utils.config import default_config, lookup
 from utils.dist import World
 from utils.engine import Training, Watch, train_one_epoch
 from utils.meter import Report
-from utils.optim import Precision, Steps, build_ema, build_loss, build_optimizer, build_scheduler
-from utils.progress import Progress
+from utils.optim import build_ema, build_loss, build_optimizer, build_scheduler
+from utils.precision import Precision
+from utils.progress import Progress, Steps
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

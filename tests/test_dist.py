@@ -40,7 +40,7 @@ from utils.dist import (
 )
 from utils.engine import Watch, evaluate, train_one_epoch
 from utils.errors import BrokenDataError, LostRankError, NotFiniteError, Stopped, UserError
-from utils.optim import Precision
+from utils.precision import Precision
 
 FP32 = Precision("fp32", "cpu")
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

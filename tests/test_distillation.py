@@ -16,7 +16,8 @@ from utils import checkpoint
 from utils.classification import classification
 from utils.distillation import DistillationLoss, Teacher, build_teacher, check_teacher
 from utils.errors import UserError
-from utils.optim import Precision, build_loss
+from utils.optim import build_loss
+from utils.precision import Precision
 
 FP32 = Precision("fp32", "cpu")
 TINY = {

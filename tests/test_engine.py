@@ -29,7 +29,8 @@ from models import GroupMixFormer
 from utils.dist import World
 from utils.engine import Watch, evaluate, train_one_epoch
 from utils.errors import BrokenDataError, NotFiniteError, Stopped, UserError
-from utils.optim import Precision, Steps
+from utils.precision import Precision
+from utils.progress import Steps
 from utils.seeding import seed_everything
 
 FP32 = Precision("fp32", "cpu")

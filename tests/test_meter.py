@@ -7,8 +7,7 @@ import pytest
 from helpers_unit import CPU
 
 from utils.meter import Meter
-from utils.optim import Steps
-from utils.progress import Progress
+from utils.progress import Progress, Steps
 
 STEPS = Steps(steps_per_epoch=5, accumulation=1, epochs=4)
 

@@ -1,4 +1,4 @@
-"""Steps, optimizer, schedule, moving average, loss and precision from the configuration."""
+"""Optimizer, schedule, moving average and loss from the configuration."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers_unit import CPU, configured, examples, small_network
+from helpers_unit import configured, examples, small_network
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -16,46 +16,14 @@ from torch import nn
 
 from models import GroupMixFormer
 from utils.errors import UserError
-from utils.optim import (
-    Precision,
-    Steps,
-    build_ema,
-    build_loss,
-    build_optimizer,
-    build_scheduler,
-    choose_kernels,
-    choose_precision,
-    learning_rate_scale,
-    unmeasured_kernels,
-)
+from utils.optim import build_ema, build_loss, build_optimizer, build_scheduler, learning_rate_scale
+from utils.progress import Steps
 
 CUDA = torch.device("cuda")
 
 
 def group_mix_former(depth=1):
     return GroupMixFormer(embed_dims=(40,) * 4, depths=(depth,) * 4, mlp_ratios=(2,) * 4, num_classes=3)
-
-
-# Steps
-
-
-@given(
-    steps_per_epoch=st.integers(1, 60),
-    accumulation=st.integers(1, 9),
-    epochs=st.integers(1, 5),
-    start=st.integers(0, 4),
-)
-@examples(100)
-def test_steps_and_updates_agree_with_counting_them(steps_per_epoch, accumulation, epochs, start):
-    steps = Steps(steps_per_epoch, accumulation, epochs)
-    sizes, held = [], 0
-    for step in range(steps_per_epoch):
-        held += 1
-        if held == accumulation or step == steps_per_epoch - 1:  # the tail of an epoch counts
-            sizes.append(held)
-            held = 0
-    assert [steps.steps_of_update(update) for update in range(steps.updates_per_epoch)] == sizes
-    assert steps.updates == epochs * len(sizes)
 
 
 # Optimizer
@@ -347,66 +315,3 @@ def test_the_loss_of_logits_in_half_precision_is_computed_in_float32(values, dty
     with torch.autocast("cpu", dtype):
         found = loss(logits, targets)
     assert torch.equal(found, loss(logits.float(), targets))
-
-
-# Precision
-
-
-@pytest.mark.parametrize(
-    ("level", "device", "name"),
-    [
-        ("O0", CPU, "fp32"),
-        ("O1", CPU, "fp32"),
-        ("O2", CPU, "fp32"),
-        ("O0", CUDA, "fp32"),
-        ("O1", CUDA, "fp16"),
-        ("O2", CUDA, "fp16"),
-    ],
-)
-def test_apexs_names_are_translated_with_a_word(level, device, name):
-    said = []
-    assert choose_precision(configured(AMP_OPT_LEVEL=level), device, said.append) == Precision(name, device.type)
-    assert len(said) == 1
-    assert level in said[0]
-    assert name in said[0]
-
-
-@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
-def test_a_precision_that_is_asked_for_is_taken(name, device):
-    assert choose_precision(configured(PRECISION=name), device, pytest.fail) == Precision(name, device.type)
-
-
-@pytest.mark.parametrize(("has_bf16", "name"), [(True, "bf16"), (False, "fp16")])
-def test_the_precision_follows_the_device_by_itself(monkeypatch, has_bf16, name):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
-    assert choose_precision(configured(), CPU, pytest.fail) == Precision("fp32", "cpu")
-    assert choose_precision(configured(), CUDA, pytest.fail) == Precision(name, "cuda")
-
-
-@pytest.mark.parametrize(
-    ("deterministic", "one_size", "measures"),
-    [(False, True, True), (False, False, False), (True, True, False)],
-)
-def test_kernels_are_measured_for_images_of_one_size_and_never_to_score(monkeypatch, deterministic, one_size, measures):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    choose_kernels(deterministic, one_size)
-    assert torch.backends.cudnn.benchmark is measures
-    with unmeasured_kernels():
-        assert not torch.backends.cudnn.benchmark
-    assert torch.backends.cudnn.benchmark is measures
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "scales"),
-    [("fp32", torch.float32, False), ("bf16", torch.bfloat16, False), ("fp16", torch.float16, True)],
-)
-def test_a_precision_computes_in_its_type_and_scales_only_fp16(name, dtype, scales):
-    precision = Precision(name, "cpu")
-    layer = nn.Linear(4, 2)
-    with precision.autocast():
-        assert layer(torch.zeros(1, 4)).dtype == dtype
-    assert layer(torch.zeros(1, 4)).dtype == torch.float32
-    assert precision.grad_scaler().is_enabled() is scales

@@ -20,7 +20,7 @@ from tools.predict import predict
 from tools.predictions import Guess, Prediction, draw_sheet
 from utils import checkpoint
 from utils.errors import UserError
-from utils.optim import Precision
+from utils.precision import Precision
 
 CLASSES = ["ant", "bee", "n01440764", "n02129165"]
 LABELS = ["ant", "bee", "tench, Tinca tinca", "lion, king of beasts, Panthera leo"]

@@ -1,12 +1,34 @@
-"""How far a run is, counted and carried through a file."""
+"""How long a run is and how far, counted and carried through a file."""
 
 import torch
+from helpers_unit import examples
+from hypothesis import given
+from hypothesis import strategies as st
 
-from utils.progress import Progress, Window
+from utils.progress import Progress, Steps, Window
 
 
 def counts(progress):
     return progress.epoch, progress.place, progress.updates, progress.left_out, progress.left_out_in_row
+
+
+@given(
+    steps_per_epoch=st.integers(1, 60),
+    accumulation=st.integers(1, 9),
+    epochs=st.integers(1, 5),
+    start=st.integers(0, 4),
+)
+@examples(100)
+def test_steps_and_updates_agree_with_counting_them(steps_per_epoch, accumulation, epochs, start):
+    steps = Steps(steps_per_epoch, accumulation, epochs)
+    sizes, held = [], 0
+    for step in range(steps_per_epoch):
+        held += 1
+        if held == accumulation or step == steps_per_epoch - 1:  # the tail of an epoch counts
+            sizes.append(held)
+            held = 0
+    assert [steps.steps_of_update(update) for update in range(steps.updates_per_epoch)] == sizes
+    assert steps.updates == epochs * len(sizes)
 
 
 def test_a_new_run_is_at_its_beginning():

@@ -37,7 +37,7 @@ from tools.score_sets import ClassFolders, Scorer, score_corrupted
 from utils import checkpoint
 from utils.errors import UserError
 from utils.metrics import Score
-from utils.optim import Precision
+from utils.precision import Precision
 
 SYNSETS = imagenet_synsets()
 NUMBERS = {synset: number for number, synset in enumerate(SYNSETS)}

@@ -33,7 +33,7 @@ from utils.dist import World, choose_device  # noqa: E402
 from utils.engine import evaluate  # noqa: E402
 from utils.errors import UserError, listing  # noqa: E402
 from utils.metrics import Score, describe  # noqa: E402
-from utils.optim import Precision, memory_format  # noqa: E402
+from utils.precision import Precision, memory_format  # noqa: E402
 from utils.trained import Trained, load_trained  # noqa: E402
 
 

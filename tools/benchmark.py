@@ -43,7 +43,7 @@ from utils.checkpoint import write_text  # noqa: E402
 from utils.cli import Parser, at_least, check_report, run  # noqa: E402
 from utils.dist import choose_device  # noqa: E402
 from utils.errors import UserError  # noqa: E402
-from utils.optim import choose_kernels  # noqa: E402
+from utils.precision import choose_kernels  # noqa: E402
 
 
 def parse() -> argparse.Namespace:

@@ -30,7 +30,7 @@ from utils.classification import classification  # noqa: E402
 from utils.cli import at_least, config_from, make_parser, run  # noqa: E402
 from utils.dist import join_world  # noqa: E402
 from utils.engine import Training, Watch, train_one_epoch  # noqa: E402
-from utils.optim import choose_precision  # noqa: E402
+from utils.precision import choose_precision  # noqa: E402
 from utils.resume import state_of  # noqa: E402
 from utils.throughput import wait  # noqa: E402
 from utils.trainer import build_training  # noqa: E402

@@ -40,7 +40,7 @@ from utils.cli import Parser, at_least, check_report, run  # noqa: E402
 from utils.dist import choose_device  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.logger import say  # noqa: E402
-from utils.optim import Precision, memory_format  # noqa: E402
+from utils.precision import Precision, memory_format  # noqa: E402
 from utils.signals import ignore_stop_signals  # noqa: E402
 from utils.trained import Trained, add_trained_arguments, trained_from  # noqa: E402
 

@@ -56,7 +56,7 @@ from utils.engine import evaluate  # noqa: E402
 from utils.errors import UserError, listing  # noqa: E402
 from utils.logger import setup_logging  # noqa: E402
 from utils.metrics import Score, Sums, describe  # noqa: E402
-from utils.optim import Precision, memory_format  # noqa: E402
+from utils.precision import Precision, memory_format  # noqa: E402
 from utils.trained import add_trained_arguments, trained_from  # noqa: E402
 
 _log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from models.groupmixformer import GroupMixFormer
 from utils.dist import World
 from utils.distillation import DistillationLoss, Mix, build_teacher, check_teacher
 from utils.metrics import Score, ScoreSums
-from utils.optim import Precision, build_loss
+from utils.optim import build_loss
+from utils.precision import Precision
 from utils.task import Task
 
 

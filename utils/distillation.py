@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 from utils import checkpoint
 from utils.errors import UserError, reason
-from utils.optim import Precision
+from utils.precision import Precision
 from utils.trained import load_trained
 
 _log = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from utils.dist import World, any_rank, gather, gather_objects
 from utils.errors import BrokenDataError, NotFiniteError, Stopped, UserError
 from utils.meter import Meter, Report
 from utils.metrics import ScoreSums, Sums, TaskScore
-from utils.optim import Precision, Steps
-from utils.progress import Progress
+from utils.precision import Precision
+from utils.progress import Progress, Steps
 from utils.seeding import number_for, seed_everything
 
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.optim import Steps
-from utils.progress import Progress, Window
+from utils.progress import Progress, Steps, Window
 
 
 @dataclass(frozen=True)

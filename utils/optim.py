@@ -1,10 +1,6 @@
-"""Optimizer, learning rate schedule, moving average, loss and precision, from the configuration; timm's and torch's."""
+"""Optimizer, learning rate schedule, moving average and loss, from the configuration; timm's and torch's."""
 
 import inspect
-import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -20,40 +16,7 @@ from yacs.config import CfgNode
 
 from utils.config import accumulation_steps, mixes
 from utils.errors import UserError, listing, reason
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Steps, updates and epochs of a run, converted once.
-
-    Attributes:
-        steps_per_epoch: Micro-batches of an epoch on each rank.
-        accumulation: Micro-batches of an update; the last update of an epoch has what is left.
-        epochs: Epochs of the run.
-    """
-
-    steps_per_epoch: int
-    accumulation: int
-    epochs: int
-
-    @property
-    def updates_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
-        return -(-self.steps_per_epoch // self.accumulation)
-
-    @property
-    def updates(self) -> int:
-        """Optimizer steps of the run."""
-        return self.epochs * self.updates_per_epoch
-
-    def steps_of_update(self, update_in_epoch: int) -> int:
-        """Micro-batches of an epoch's update."""
-        return len(self.batches_of_update(update_in_epoch))
-
-    def batches_of_update(self, update_in_epoch: int) -> range:
-        """Which of an epoch's micro-batches its update takes."""
-        first = update_in_epoch * self.accumulation
-        return range(first, min(first + self.accumulation, self.steps_per_epoch))
+from utils.progress import Steps
 
 
 def learning_rate_scale(config: CfgNode, ranks: int) -> float:
@@ -154,83 +117,3 @@ def _in_float32(_loss: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor
     """Gives a loss logits of half precision as float32, as autocast does by itself on GPUs only."""
     logits, targets = inputs
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets
-
-
-def memory_format(config: CfgNode) -> torch.memory_format:
-    """The layout of network and images."""
-    return torch.channels_last if config.CHANNELS_LAST else torch.contiguous_format
-
-
-def choose_kernels(deterministic: bool, one_size: bool = True) -> None:
-    """Says how a GPU's libraries choose their kernels.
-
-    Args:
-        deterministic: Only among such as give the same bits on every run.
-        one_size: By measuring them, where images of one size make that pay.
-    """
-    torch.backends.cudnn.benchmark = one_size and not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first call
-        torch.use_deterministic_algorithms(True)
-
-
-@contextmanager
-def unmeasured_kernels() -> Iterator[None]:
-    """Within it a GPU's kernels are chosen without measuring them, as test.py has it: sizes may differ by image."""
-    measures = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = measures
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How the network computes on a device.
-
-    Attributes:
-        name: 'fp32', 'bf16' or 'fp16'.
-        device_type: 'cpu' or 'cuda'.
-    """
-
-    name: str
-    device_type: str
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """A context in which the forward pass runs."""
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        if self.name not in dtypes:
-            return nullcontext()
-        return torch.autocast(self.device_type, dtypes[self.name])
-
-    def grad_scaler(self) -> torch.amp.GradScaler:
-        """torch's loss scaler, which passes everything through unless gradients are fp16."""
-        return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
-
-
-def choose_precision(config: CfgNode, device: torch.device, say: Callable[[str], None]) -> Precision:
-    """The precision that PRECISION or AMP_OPT_LEVEL asks for on a device.
-
-    Args:
-        config: The configuration.
-        device: Where the network computes.
-        say: Called with a sentence where apex's name is translated.
-    """
-    make = partial(Precision, device_type=device.type)
-    if config.AMP_OPT_LEVEL:
-        chosen = make("fp32" if config.AMP_OPT_LEVEL == "O0" or device.type == "cpu" else "fp16")
-        say(f"AMP_OPT_LEVEL {config.AMP_OPT_LEVEL} is apex's name: computing in {chosen.name} on {device.type}")
-        return chosen
-    if config.PRECISION != "auto":
-        return make(config.PRECISION)
-    if device.type == "cpu":
-        return make("fp32")
-    return make("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
-
-
-def choose_scoring_precision(config: CfgNode, device: torch.device, say: Callable[[str], None]) -> Precision:
-    """As `choose_precision`, but left to itself it is fp32 on every device, so that the digits do not depend on it."""
-    if config.PRECISION == "auto" and not config.AMP_OPT_LEVEL:
-        return Precision("fp32", device.type)
-    return choose_precision(config, device, say)

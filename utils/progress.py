@@ -1,7 +1,41 @@
-"""How far a run is: all that has to be known to go on with it, beside weights, optimizer and moving average."""
+"""How far a run is, and how long it is: all that has to be known to go on with it, beside weights and the like."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps, updates and epochs of a run, converted once.
+
+    Attributes:
+        steps_per_epoch: Micro-batches of an epoch on each rank.
+        accumulation: Micro-batches of an update; the last update of an epoch has what is left.
+        epochs: Epochs of the run.
+    """
+
+    steps_per_epoch: int
+    accumulation: int
+    epochs: int
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return -(-self.steps_per_epoch // self.accumulation)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the run."""
+        return self.epochs * self.updates_per_epoch
+
+    def steps_of_update(self, update_in_epoch: int) -> int:
+        """Micro-batches of an epoch's update."""
+        return len(self.batches_of_update(update_in_epoch))
+
+    def batches_of_update(self, update_in_epoch: int) -> range:
+        """Which of an epoch's micro-batches its update takes."""
+        first = update_in_epoch * self.accumulation
+        return range(first, min(first + self.accumulation, self.steps_per_epoch))
 
 
 @dataclass

@@ -19,7 +19,7 @@ from utils.dist import World, together
 from utils.engine import evaluate
 from utils.errors import UserError, listing
 from utils.metrics import Score, ScoreSums, Sums, TaskScore
-from utils.optim import Precision, memory_format
+from utils.precision import Precision, memory_format
 from utils.trained import chosen_by_ema
 
 _log = logging.getLogger(__name__)

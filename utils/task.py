@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 from data.build import EvalData, TrainData
 from utils.dist import World
 from utils.metrics import Sums
-from utils.optim import Precision
+from utils.precision import Precision
 
 
 def _itself(_config: CfgNode, network: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from utils.optim import Precision, memory_format
+from utils.precision import Precision, memory_format
 
 _WARMUP = 3  # batches before the clock starts
 _SECONDS = 10.0  # that a measurement lasts at least

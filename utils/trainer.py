@@ -22,17 +22,9 @@ from utils.keeper import Keeper
 from utils.lock import RunLock
 from utils.logger import setup_logging
 from utils.metrics import TaskScore
-from utils.optim import (
-    Precision,
-    Steps,
-    build_ema,
-    build_optimizer,
-    build_scheduler,
-    choose_kernels,
-    memory_format,
-    unmeasured_kernels,
-)
-from utils.progress import Progress
+from utils.optim import build_ema, build_optimizer, build_scheduler
+from utils.precision import Precision, choose_kernels, memory_format, unmeasured_kernels
+from utils.progress import Progress, Steps
 from utils.report import describe_best, log_plan
 from utils.resume import (
     Found,

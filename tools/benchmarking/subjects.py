@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tools.benchmarking.networks import LITERAL, PLAIN, compile_network, forms_of, in_form
-from utils.optim import Precision
+from utils.precision import Precision
 
 _BATCHES = 3  # distinct ones, so that no cache holds the images from step to step
 

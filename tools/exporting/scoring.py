@@ -7,7 +7,7 @@ from data.build import EvalData, build_eval_data
 from tools.exporting.checking import Run
 from utils.dist import World
 from utils.metrics import Score
-from utils.optim import Precision
+from utils.precision import Precision
 from utils.scoring import score_timed
 from utils.trained import Trained
 
