@@ -45,7 +45,19 @@ _log = logging.getLogger(__name__)
 
 
 def train(config: CfgNode, world: World, precision: Precision, task: Task) -> None:
-    """Builds everything and runs the epochs."""
+    """Builds everything, goes on where the run was, and runs the epochs; every rank must call.
+
+    Args:
+        config: The configuration, checked.
+        world: This process among all.
+        precision: How to compute.
+        task: What to train for.
+
+    Raises:
+        UserError: If configuration, data, checkpoint and disk do not fit together, or what happens on the way ends the
+            run.
+        Stopped: If a signal asked the run to stop; its checkpoint is written then.
+    """
     folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
     found = find_state(config, folder, world)
     with together():
@@ -85,7 +97,16 @@ def train(config: CfgNode, world: World, precision: Precision, task: Task) -> No
 def build_training(
     config: CfgNode, world: World, precision: Precision, task: Task, network: nn.Module, steps_per_epoch: int
 ) -> Training:
-    """Puts the network on its device and builds what trains it; every rank must call."""
+    """Puts the network on its device and builds what trains it; every rank must call.
+
+    Args:
+        config: The configuration.
+        world: This process among all.
+        precision: How to compute.
+        task: What to train for.
+        network: The network with the weights that it starts from; on several GPUs its batch norms are replaced.
+        steps_per_epoch: Micro-batches of an epoch on each rank.
+    """
     on_gpus = world.device.type == "cuda"
     if on_gpus:
         choose_kernels(config.DETERMINISTIC, task.one_size)
@@ -162,7 +183,19 @@ def open_run(
     found: Found | None,
     signals: StopSignals,
 ) -> Keeper:
-    """Opens the logs in the run's folder, and gives the run its keeper."""
+    """Opens the logs in the run's folder, and gives the run its keeper; every rank must call.
+
+    Args:
+        config: The configuration to keep with the run.
+        training: What trains, where the run is.
+        train_data: The data, for its classes and number of images.
+        folder: The run's.
+        found: The checkpoint that the run goes on from, if any.
+        signals: What asks the run to stop.
+
+    Raises:
+        UserError: If the folder cannot be written to.
+    """
     is_main = training.world.is_main
     setup_logging(is_main, folder)
     if is_main:
@@ -191,7 +224,20 @@ def known_best(found: Found, folder: Path) -> dict[str, Any] | None:
 def run_epochs(
     config: CfgNode, task: Task, training: Training, train_data: TrainData, eval_data: EvalData, keeper: Keeper
 ) -> None:
-    """Trains, scores and saves, epoch after epoch, from where the run is."""
+    """Trains, scores and saves, epoch after epoch, from where the run is; every rank must call.
+
+    Args:
+        config: The configuration.
+        task: What to train for.
+        training: What trains.
+        train_data: What on.
+        eval_data: What each epoch is scored on.
+        keeper: Writes down how the run goes, and ends it where it must.
+
+    Raises:
+        UserError: If a loss is no number, data is broken, another rank is lost or something cannot be written.
+        Stopped: If a signal asked the run to stop; its checkpoint is written then.
+    """
     progress, steps = training.progress, training.steps
     while progress.epoch < steps.epochs:
         train_data.set_epoch(progress.epoch, progress.place * steps.accumulation)
@@ -215,7 +261,19 @@ def run_epochs(
 def evaluate_epoch(
     config: CfgNode, task: Task, training: Training, data: EvalData, keeper: Keeper
 ) -> dict[str, TaskScore]:
-    """Scores the 'model', and its moving average as 'ema' where there is one."""
+    """Scores the 'model', and its moving average as 'ema' where there is one; every rank must call.
+
+    Args:
+        config: The configuration.
+        task: What to score for.
+        training: What trains.
+        data: What to score on.
+        keeper: Tells of signals.
+
+    Raises:
+        UserError: If an image is broken, or another rank is lost.
+        Stopped: If some rank is asked to stop.
+    """
     networks = {"model": training.network} | ({"ema": training.ema.module} if training.ema else {})
     scores = {}
     for name, network in networks.items():
