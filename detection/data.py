@@ -142,10 +142,14 @@ def transform(config: CfgNode, is_training: bool) -> Transform:
         if aug.COLOR_JITTER > 0:
             steps.append(v2.ColorJitter(*(aug.COLOR_JITTER,) * 3))
     augment = v2.Compose([*steps, v2.PILToTensor(), v2.ToPureTensor()])
-    return Transform(partial(_decode, mode=image_mode(config)), partial(_augment, augment=augment))
+    decode = partial(_decode, mode=image_mode(config), long_side=config.DATA.LONG_SIDE)
+    return Transform(decode, partial(_augment, augment=augment))
 
 
-def _decode(picture: Picture, mode: str) -> Picture:
+def _decode(picture: Picture, mode: str, long_side: int) -> Picture:
+    width, height = picture.image.size
+    if min(width, height) * long_side <= max(width, height):
+        raise ValueError(f"it is {width} x {height}, of which DATA.LONG_SIDE {long_side} leaves not a pixel's width")
     return picture._replace(image=as_mode(picture.image, mode))
 
 

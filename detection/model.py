@@ -196,7 +196,7 @@ def _build_rcnn(
         pyramid,
         rpn_anchor_generator=anchors,
         rpn_batch_size_per_image=settings.RPN_SAMPLES,
-        rpn_pre_nms_top_n_train=settings.PROPOSALS,
+        rpn_pre_nms_top_n_train=2 * settings.PROPOSALS,
         rpn_post_nms_top_n_train=settings.PROPOSALS,
         rpn_pre_nms_top_n_test=settings.PROPOSALS,
         rpn_post_nms_top_n_test=settings.PROPOSALS,

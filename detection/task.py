@@ -1,5 +1,6 @@
 """The task of detecting objects."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,8 @@ from detection.metrics import BoxScore, DetectionSums, MaskScore
 from detection.model import Detector, SumOfLosses, build_detector, load_to_start
 from utils.dist import World
 from utils.task import Task
+
+_log = logging.getLogger(__name__)
 
 
 def detection(config: CfgNode) -> Task:
@@ -36,6 +39,11 @@ def _open_data(config: CfgNode, world: World) -> tuple[TrainData, CocoEvalData]:
 
 
 def _build_network(config: CfgNode, data: TrainData) -> Detector:
+    if config.MODEL.FREEZE_STATISTICS and not (config.MODEL.PRETRAINED or config.MODEL.RESUME):
+        _log.warning(
+            "MODEL.FREEZE_STATISTICS keeps the batch norms' statistics as they are, and fresh weights have none: "
+            "name weights by --pretrained, or set it to False"
+        )
     return build_detector(config, len(data.classes or []))
 
 

@@ -36,7 +36,7 @@ def default_config() -> CfgNode:
             "VAL_SPLIT": "validation",
             "BATCH_SIZE": 2,  # on each rank, for one micro-batch
             "IMG_SIZE": 512,  # side of the training crops
-            "SHORT_SIDE": 512,  # that images are scaled to; 0: as they are
+            "SHORT_SIDE": 512,  # that images are scaled to, in training times AUG.SCALE; 0: as they are
             "LONG_SIDE": 2048,  # at most, where SHORT_SIDE is not 0
             "REDUCE_ZERO_LABEL": True,  # label 0 is no class, label 1 the first one; False: label 0 is the first one
         }
@@ -53,7 +53,7 @@ def default_config() -> CfgNode:
     )
     config.AUG = CfgNode(
         {
-            "SCALE": [0.5, 2.0],  # of the image, at random
+            "SCALE": [0.5, 2.0],  # of the size that evaluation looks at, at random
             "CAT_MAX_RATIO": 0.75,  # share of a crop that one class may have, as far as ten tries find such a crop
             "HFLIP": 0.5,
             "PHOTOMETRIC": 0.5,  # probability of each change: of brightness, contrast, saturation, hue

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2 import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.tv_tensors import Image as ImageTensor
 from torchvision.tv_tensors import Mask
@@ -26,6 +27,7 @@ from data.finish import Normalize
 from data.samplers import EndlessBatchSampler, EvalSampler, TrainBatchSampler
 from data.transforms import Transform, image_mode
 from segmentation.labels import IGNORE, MOST_CLASSES, to_classes
+from segmentation.sizes import scaled_size
 from utils.config import accumulation_steps
 from utils.dist import World
 from utils.errors import UserError, listing
@@ -104,6 +106,33 @@ def class_names(root: Path) -> list[str] | None:
     return None
 
 
+class RandomScale(T.Transform):
+    """Scales image and label map alike, to the size that evaluation looks at times a random factor.
+
+    Args:
+        factors: The least and the largest.
+        short_side: As in `scaled_size`.
+        long_side: As in `scaled_size`.
+    """
+
+    def __init__(self, factors: tuple[float, float], short_side: int, long_side: int) -> None:
+        super().__init__()
+        self._factors, self._short_side, self._long_side = factors, short_side, long_side
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """The size to scale to."""
+        factor = torch.empty(()).uniform_(*self._factors).item()
+        return {"size": scaled_size(flat_inputs[0].shape[-2:], self._short_side, self._long_side, factor)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Scales one of them."""
+        if not isinstance(inpt, Mask):
+            return F.resize(inpt, params["size"], antialias=True)
+        # torchvision resizes a Mask by its other nearest neighbours, which lie half a pixel off the image's.
+        labels = F.resize(inpt.as_subclass(Tensor)[None], params["size"], F.InterpolationMode.NEAREST_EXACT)
+        return Mask(labels[0])
+
+
 class VariedCrop(T.RandomCrop):
     """A random crop of image and label map that tries not to be nearly all of one class.
 
@@ -118,12 +147,12 @@ class VariedCrop(T.RandomCrop):
         self._most = most
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """torchvision's, drawn again while one class has too large a share."""
+        """torchvision's, drawn again while one class has too large a share, or no pixel has a class."""
         mask = next(value for value in flat_inputs if isinstance(value, Mask))
         for _ in range(_CROP_TRIES):
             params = super().make_params(flat_inputs)
             counts = torch.bincount(self.transform(mask, params).flatten())[:IGNORE]
-            if counts.max() <= self._most * counts.sum():
+            if 0 < counts.max() <= self._most * counts.sum():
                 break
         return params
 
@@ -165,10 +194,9 @@ def blank() -> Files:
 def train_transform(config: CfgNode, num_classes: int) -> Transform:
     """Random scale, crop, flip and photometric distortion of image and label map together."""
     data, aug = config.DATA, config.AUG
-    low, high = (round(bound * (data.SHORT_SIDE or data.IMG_SIZE)) for bound in aug.SCALE)
     augment = T.Compose(
         [
-            T.RandomShortestSize(range(max(low, 1), high + 1), max_size=round(aug.SCALE[1] * data.LONG_SIDE)),
+            RandomScale(tuple(aug.SCALE), data.SHORT_SIDE, data.LONG_SIDE),
             VariedCrop(data.IMG_SIZE, aug.CAT_MAX_RATIO, [round(255 * mean) for mean in data.MEAN]),
             T.RandomHorizontalFlip(aug.HFLIP),
             PhotometricDistortion(p=aug.PHOTOMETRIC),
@@ -241,6 +269,9 @@ def named_classes(config: CfgNode, source: PairSource) -> list[str]:
         raise UserError(
             f"{config.DATA.DATA_PATH} has no {_NAME_FILES[0]} with a name a line: add one, or set MODEL.GMA.NUM_CLASSES"
         )
+    names = source.classes or []
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{config.DATA.DATA_PATH} names several classes {listing(repeated)}: give each its own name")
     count = count_classes(config, source.classes)
     if count > MOST_CLASSES:
         raise UserError(f"{count} classes are more than the {MOST_CLASSES} that 8-bit label maps can tell apart")

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
+
+from segmentation.sizes import scaled_size
 
 
 class SlidingWindow(nn.Module):
@@ -65,28 +68,13 @@ class AtScales(nn.Module):
         if len(looks) == 1:
             return self._look(images, *looks[0])
         total = sum(self._look(images, *look).softmax(dim=1) for look in looks)
-        return (total / len(looks)).log()
+        return (total / len(looks)).clamp(min=torch.finfo(total.dtype).tiny).log()  # of what no look believes, not -inf
 
     def _look(self, images: Tensor, scale: float, mirrored: bool) -> Tensor:
         size = images.shape[-2:]
-        scaled = _resize(images, self._scaled(size, scale))
+        scaled = _resize(images, scaled_size(size, self._short_side, self._long_side, scale))
         logits = self.network(scaled.flip(-1)).flip(-1) if mirrored else self.network(scaled)
         return _resize(logits, size)
-
-    def _scaled(self, size: Sequence[int], scale: float) -> tuple[int, int]:
-        ratio = scale * scale_to_sides(size, self._short_side, self._long_side)
-        return max(round(size[0] * ratio), 1), max(round(size[1] * ratio), 1)
-
-
-def scale_to_sides(size: Sequence[int], short_side: int, long_side: int) -> float:
-    """By how much to scale an image so that its short side is as given, but its long side no longer than given.
-
-    Args:
-        size: Its height and width.
-        short_side: Pixels; 0 to leave it as it is.
-        long_side: Pixels.
-    """
-    return min(short_side / min(size), long_side / max(size)) if short_side else 1.0
 
 
 def _resize(values: Tensor, size: Sequence[int]) -> Tensor:

@@ -6,6 +6,7 @@ from PIL import Image
 from utils.errors import UserError
 
 IGNORE = 255  # in class maps: pixels without a class
+_STRETCHED = ("L;2", "L;4")  # PIL's names of what it multiplies by 85 and 17
 MOST_CLASSES = 254  # that 8-bit label maps can tell apart, beside 0 and 255
 
 
@@ -26,6 +27,8 @@ def to_classes(label_map: Image.Image, num_classes: int, reduce_zero_label: bool
     """
     if label_map.mode not in ("L", "P"):
         raise UserError(f"its label map is {label_map.mode}, not 8-bit grey (L) or palette (P)")
+    if any(tile[3] in _STRETCHED for tile in getattr(label_map, "tile", [])):
+        raise UserError("its label map is grey of 2 or 4 bits, which is read with other labels: write it with 8 bits")
     labels = np.asarray(label_map)
     classes = np.where(labels == 0, IGNORE, labels - (labels != IGNORE)) if reduce_zero_label else labels
     classes = classes.astype(np.uint8)

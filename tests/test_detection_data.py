@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers_detection import CATEGORIES, add_crowd, configured, write_coco
 from helpers_unit import ALONE
+from PIL import Image
 from pycocotools.coco import COCO
 
 from detection.coco import categories, decode_mask, encode_mask, read_coco, silence
@@ -167,6 +168,13 @@ def test_a_broken_image_is_a_complaint_beside_a_blank_one(tree):
     picture, _, complaint = build_train_data(configured(data=tree), ALONE).loader.dataset[1, 0]
     assert "001.png is broken" in complaint
     assert picture.image.unique().tolist() == [0] and len(picture.objects["boxes"]) == 0
+
+
+def test_an_image_that_is_too_narrow_to_be_scaled_is_a_complaint(tree):
+    Image.new("RGB", (1, 5000)).save(tree / "train2017" / "000.png")
+    edited(tree, "train2017", lambda content: content["images"][0].update(width=1, height=5000))
+    _, _, complaint = build_train_data(configured("DATA.LONG_SIDE", 1333, data=tree), ALONE).loader.dataset[0, 0]
+    assert "000.png is broken (it is 1 x 5000, of which DATA.LONG_SIDE 1333 leaves not a pixel's width)" in complaint
 
 
 def test_another_sample_takes_a_broken_ones_place_where_that_is_asked_for(tree):

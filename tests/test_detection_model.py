@@ -79,6 +79,7 @@ def test_the_recipe_is_coco_1x():
     assert (train.OPTIMIZER.NAME, train.BASE_LR, train.WEIGHT_DECAY, train.LR_BATCH) == ("adamw", 1e-4, 0.05, 16)
     assert (train.EPOCHS, train.LR_SCHEDULER.MILESTONES) == (12, [8, 11])
     assert (data.SHORT_SIDES, data.LONG_SIDE) == ([800], 1333)
+    assert train.CLIP_GRAD == 0
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn", "retinanet"])
@@ -89,6 +90,9 @@ def test_default_anchors_and_heads_are_those_of_torchvisions_builders(name):
     ours = build_detector(config, 80).detector
     generators = [m.rpn.anchor_generator if name == "mask_rcnn" else m.anchor_generator for m in (ours, theirs)]
     assert generators[0].sizes == generators[1].sizes and generators[0].aspect_ratios == generators[1].aspect_ratios
+    if name == "mask_rcnn":  # twice as many boxes of a level to choose from in training, as COCO's recipes have it
+        assert ours.rpn._pre_nms_top_n == {"training": 2000, "testing": 1000}
+        assert ours.rpn._post_nms_top_n == {"training": 1000, "testing": 1000}
     shapes = [
         {key: value.shape for key, value in m.state_dict().items() if not key.startswith("backbone.")}
         for m in (ours, theirs)

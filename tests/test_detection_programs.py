@@ -125,9 +125,16 @@ def test_a_run_starts_from_a_classifiers_checkpoint(call, detector_words, tmp_pa
     result = call("detection/train.py", *words, "--pretrained", tmp_path / "classifier.pth")
     assert result.code == 0, result.stderr
     assert "its head, norm is left out; pyramid and heads start afresh" in result.stdout
+    assert "MODEL.FREEZE_STATISTICS" not in result.stdout
     weights = checkpoint.load(tmp_path / "tiny" / "run" / "last.pth")["model"]
     kept = {name: value for name, value in network.state_dict().items() if not name.startswith(("head.", "norm."))}
     assert all(torch.equal(weights[f"detector.backbone.body.{name}"], value) for name, value in kept.items())
+
+
+def test_frozen_statistics_of_fresh_weights_are_told_of(call, detector_words, tmp_path):
+    words = detector_words(tmp_path, "TRAIN.EPOCHS 1 MODEL.DETECTOR.NAME retinanet MODEL.FREEZE_STATISTICS True")
+    result = call("detection/train.py", *words)
+    assert "MODEL.FREEZE_STATISTICS keeps the batch norms' statistics as they are" in result.stdout
 
 
 def test_broken_images_are_replaced_and_listed_where_that_is_asked_for(call, coco_tree, tiny_detector, tmp_path):

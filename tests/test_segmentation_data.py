@@ -1,5 +1,7 @@
 """Images with label maps: found, decoded, augmented together, dealt out."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ from helpers_unit import ALONE, examples
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.tv_tensors import Image as ImageTensor
+from torchvision.tv_tensors import Mask
 
 from data.datasets import ImageSamples
 from segmentation.data import (
@@ -23,6 +27,7 @@ from segmentation.data import (
     train_transform,
 )
 from segmentation.labels import IGNORE, to_classes, to_label_map
+from segmentation.sizes import scaled_size
 from utils.dist import World
 from utils.errors import UserError
 from utils.seeding import seed_everything
@@ -82,6 +87,19 @@ def test_label_maps_with_a_palette_are_read_by_their_numbers():
 def test_what_is_no_label_map_is_refused(labels, classes, said):
     with pytest.raises(UserError, match=said):
         to_classes(labels, classes, True)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_label_maps_of_few_grey_bits_are_refused_as_they_are_read_with_other_labels(tmp_path, bits):
+    header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
+    data = zlib.compress(b"\0" + bytes([0x01] * (4 * bits // 8)))
+    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    ]
+    (tmp_path / "labels.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with Image.open(tmp_path / "labels.png") as label_map, pytest.raises(UserError, match="grey of 2 or 4 bits"):
+        to_classes(label_map, 150, True)
 
 
 def test_an_image_and_a_label_map_of_different_sizes_are_refused():
@@ -147,6 +165,7 @@ def test_classes_without_names_are_numbered_by_their_labels(tree, reduce):
         (None, 0, r"has no classes\.txt .*set MODEL\.GMA\.NUM_CLASSES"),
         (["a", "b"], 3, r"the data has 2 classes but MODEL\.GMA\.NUM_CLASSES is 3"),
         (None, 255, "255 classes are more than the 254"),
+        (["a", "b", "a"], 3, "names several classes a: give each its own name"),
     ],
 )
 def test_a_number_of_classes_that_cannot_be_is_refused(tree, names, count, said):
@@ -177,6 +196,8 @@ def test_image_and_labels_are_scaled_cropped_and_mirrored_alike(seed, width, hei
         -torch.nn.functional.max_pool2d(-seen[None], 7, 1, 3)[0]
         == torch.nn.functional.max_pool2d(seen[None], 7, 1, 3)[0]
     )
+    inside[[0, 1, 2, -3, -2, -1]] = inside[:, [0, 1, 2, -3, -2, -1]] = False  # whose neighbours were cut off
+    assert inside.any()
     assert torch.equal(image[0][inside].float(), 60 * seen[inside])
 
 
@@ -189,13 +210,36 @@ def test_images_smaller_than_the_crop_are_padded_with_the_mean_colour_and_no_cla
 
 
 @pytest.mark.parametrize("bounds", [(0.5, 2.0), (1.0, 1.0)])
-def test_images_are_scaled_at_random_between_the_bounds(bounds):
-    config = tiny(**PLAIN, DATA__IMG_SIZE=32, DATA__SHORT_SIDE=64, DATA__LONG_SIDE=999, AUG__SCALE=list(bounds))
+@pytest.mark.parametrize(("short", "long"), [(64, 999), (64, 96), (0, 96)])
+def test_images_are_scaled_at_random_between_the_bounds_around_the_size_of_evaluation(short, long, bounds):
+    config = tiny(**PLAIN, DATA__IMG_SIZE=32, DATA__SHORT_SIDE=short, DATA__LONG_SIDE=long, AUG__SCALE=list(bounds))
     resize = train_transform(config, 3).augment.transforms[0]
-    image = torch.zeros(3, 40, 80, dtype=torch.uint8)
-    sides = {tuple(resize(image).shape[1:]) for _ in range(60)}
-    assert all(bounds[0] * 64 <= height <= bounds[1] * 64 and width == 2 * height for height, width in sides)
-    assert len(sides) == 1 if bounds[0] == bounds[1] else len(sides) > 20
+    height, width = scaled_size((40, 80), short, long)
+    sides = [tuple(resize(torch.zeros(3, 40, 80, dtype=torch.uint8)).shape[1:]) for _ in range(60)]
+    assert all(
+        round(bounds[0] * side) <= scaled <= round(bounds[1] * side)
+        for scaled, side in (*((rows, height) for rows, _ in sides), *((columns, width) for _, columns in sides))
+    )
+    assert len(set(sides)) == 1 if bounds[0] == bounds[1] else len(set(sides)) > 15
+
+
+@pytest.mark.parametrize(("size", "short"), [((683, 512), 512), ((512, 512), 512), ((128, 128), 96), ((100, 130), 64)])
+def test_labels_lie_where_their_image_does_when_both_are_scaled(size, short):
+    resize = train_transform(tiny(DATA__SHORT_SIDE=short, DATA__LONG_SIDE=2048, AUG__SCALE=[0.5, 2.0]), 3).augment
+    offsets = []
+    for edge in torch.linspace(size[1] // 4, 3 * size[1] // 4, 60).int().tolist():
+        image, labels = torch.zeros(3, 8, size[1], dtype=torch.uint8), torch.zeros(8, size[1], dtype=torch.uint8)
+        image[..., edge:], labels[:, edge:] = 255, 1
+        image, labels = resize.transforms[0](ImageTensor(image), Mask(labels))
+        offsets.append(image[0, 0].sum().item() / 255 - labels[0].sum().item())
+    assert abs(np.mean(offsets)) < 0.15  # pixels
+
+
+def test_images_of_a_pixels_width_are_scaled_too():
+    config = tiny(DATA__LONG_SIDE=64)
+    image, classes = augmented(config, np.zeros((2000, 1, 3), np.uint8), np.ones((2000, 1), np.uint8))
+    assert image.shape == (3, 48, 48)
+    assert 0 in classes
 
 
 def test_crops_of_nearly_one_class_are_drawn_again():
@@ -208,6 +252,14 @@ def test_crops_of_nearly_one_class_are_drawn_again():
         crops = [augmented(config, pixels, labels, seed)[1] for seed in range(60)]
         few[most] = sum(torch.bincount(crop.flatten()).max().item() >= 0.75 * crop.numel() for crop in crops)
     assert few[0.75] < 20 < 40 < few[1.0]
+
+
+def test_crops_without_a_class_are_drawn_again():
+    labels = np.zeros((256, 256), np.uint8)
+    labels[:64, :64], labels[:64, 64:128] = 1, 2
+    config = tiny(AUG__SCALE=[1.0, 1.0], DATA__SHORT_SIDE=256, DATA__LONG_SIDE=256)
+    crops = [augmented(config, np.zeros((256, 256, 3), np.uint8), labels, seed)[1] for seed in range(60)]
+    assert sum(bool((crop == IGNORE).all()) for crop in crops) < 45  # all of them otherwise
 
 
 def test_an_image_of_one_class_or_of_none_is_cropped_all_the_same():

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from segmentation.inference import AtScales, SlidingWindow, build_predictor, scale_to_sides
+from segmentation.inference import AtScales, SlidingWindow, build_predictor
+from segmentation.sizes import scaled_size
 
 SIDES = st.integers(1, 40)
 
@@ -92,10 +93,17 @@ def test_several_scales_and_mirrored_images_give_the_logarithm_of_the_mean_proba
 
 @pytest.mark.parametrize(
     ("size", "short", "long", "wanted"),
-    [((600, 800), 300, 2048, 0.5), ((800, 600), 300, 2048, 0.5), ((100, 1000), 100, 500, 0.5), ((7, 9), 0, 1, 1.0)],
+    [
+        ((600, 800), 300, 2048, [300, 400]),
+        ((800, 600), 300, 2048, [400, 300]),
+        ((100, 1000), 100, 500, [50, 500]),
+        ((7, 9), 0, 1, [7, 9]),
+        ((1, 1000), 100, 500, [1, 500]),
+    ],
 )
 def test_images_are_scaled_by_their_short_side_as_far_as_the_long_one_allows(size, short, long, wanted):
-    assert scale_to_sides(size, short, long) == wanted
+    assert scaled_size(size, short, long) == wanted
+    assert scaled_size(size, short, long, 2.0)[0] == pytest.approx(2 * wanted[0], abs=1)
 
 
 def test_images_are_scaled_to_the_configured_sides_and_answered_at_their_own():
