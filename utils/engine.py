@@ -1,6 +1,5 @@
 """The loops: one epoch of training, one evaluation. They are given built objects and build none."""
 
-import datetime
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -127,9 +126,9 @@ def train_one_epoch(run: Training, loader: Batches, report_every: int, watch: Wa
             if progress.place % report_every == 0 or progress.place == steps.updates_per_epoch:
                 lr = max(group["lr"] for group in run.optimizer.param_groups)
                 latest = meter.report(progress, steps, lr)
-                left = datetime.timedelta(seconds=int(latest.left_s))
                 bar.set_postfix_str(
-                    f"loss {latest.loss:.3f}, lr {latest.lr:.2e}, {latest.images_per_s:.0f} images/s, run left {left}"
+                    f"loss {latest.loss:.3f}, lr {latest.lr:.2e}, {latest.images_per_s:.0f} images/s, "
+                    f"run left {latest.left}"
                 )
                 watch.on_report(latest)
             watch.on_update(signal, failed)

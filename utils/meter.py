@@ -1,5 +1,6 @@
 """How training goes between two reports: losses and norms from the run's progress, times and memory from the clock."""
 
+import datetime
 import resource
 import time
 from dataclasses import dataclass
@@ -40,6 +41,11 @@ class Report:
     data_share: float
     images_per_s: float
     memory_mb: float
+
+    @property
+    def left(self) -> datetime.timedelta:
+        """`left_s` to tell people, in whole seconds."""
+        return datetime.timedelta(seconds=int(self.left_s))
 
 
 class Meter:

@@ -1,6 +1,5 @@
 """What a training run tells its user: log lines in the published form, TensorBoard tags, metrics.jsonl."""
 
-import datetime
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -35,11 +34,10 @@ def log_plan(config: CfgNode, training: Training, val_images: int) -> None:
 def log_report(report: Report, training: Training, metrics: MetricsLog) -> None:
     """Writes one line of training progress."""
     steps = training.steps
-    left = datetime.timedelta(seconds=int(report.left_s))
     left_out = f"\t{report.left_out} left out" if report.left_out else ""
     _log.info(
         f"Train: [{report.epoch}/{steps.epochs}][{report.update_in_epoch}/{steps.updates_per_epoch}]\t"
-        f"eta {left} lr {report.lr:.6f}\ttime {report.seconds:.4f}\tloss {report.loss:.4f}\t"
+        f"eta {report.left} lr {report.lr:.6f}\ttime {report.seconds:.4f}\tloss {report.loss:.4f}\t"
         f"grad_norm {report.grad_norm:.4f}\tmem {report.memory_mb:.0f}MB\t{report.images_per_s:.1f} images/s{left_out}",
         extra={"progress": True},
     )
