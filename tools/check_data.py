@@ -39,6 +39,7 @@ from data.tar import INDEX, tar_files  # noqa: E402
 from utils.checkpoint import write_text  # noqa: E402
 from utils.cli import Parser, at_least, check_report, run  # noqa: E402
 from utils.config import default_config  # noqa: E402
+from utils.console import say  # noqa: E402
 from utils.errors import UserError, reason  # noqa: E402
 
 _DATASETS = ("folder", "tar")
@@ -334,7 +335,7 @@ def main() -> None:
     report = check_data(
         arguments.dataset, arguments.data_path, arguments.train_split, arguments.val_split, arguments.workers
     )
-    print(in_words(report).encode(errors="backslashreplace").decode())  # file names need not be valid text
+    say(in_words(report))
     if arguments.json:
         write_text(arguments.json, json.dumps(report, indent=2) + "\n")
     if any(report["to_mend"].values()):

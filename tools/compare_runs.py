@@ -27,6 +27,7 @@ from tools.comparing import Curves, draw_comparison  # noqa: E402
 from utils.checkpoint import write_text  # noqa: E402
 from utils.cli import Parser, check_report, run  # noqa: E402
 from utils.config import flatten  # noqa: E402
+from utils.console import say  # noqa: E402
 from utils.errors import UserError, reason  # noqa: E402
 from utils.logger import read_metrics  # noqa: E402
 
@@ -150,7 +151,7 @@ def main() -> None:
     names = names_of(arguments.runs)
     runs = [read_run(folder) for folder in arguments.runs]
     rows = table_of(names, runs)
-    print(as_text(rows))
+    say(as_text(rows))
     if not any(row[0] in each.settings for row in rows for each in runs):
         print("the configurations are equal")
     if arguments.markdown:

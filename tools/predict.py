@@ -37,9 +37,9 @@ from data.transforms import eval_transform  # noqa: E402
 from models.fuse import fuse  # noqa: E402
 from tools.predictions import Prediction, draw_sheet, name_classes, write_csv, write_json  # noqa: E402
 from utils.cli import Parser, at_least, check_report, run  # noqa: E402
+from utils.console import say  # noqa: E402
 from utils.dist import choose_device  # noqa: E402
 from utils.errors import UserError  # noqa: E402
-from utils.logger import say  # noqa: E402
 from utils.precision import Precision, memory_format  # noqa: E402
 from utils.signals import ignore_stop_signals  # noqa: E402
 from utils.trained import Trained, add_trained_arguments, trained_from  # noqa: E402

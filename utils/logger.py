@@ -14,19 +14,13 @@ from typing import Any
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
-from tqdm import tqdm
 
 from utils.checkpoint import write_text
+from utils.console import say
 from utils.errors import UserError
 from utils.tracking import Tracker
 
 _FORMAT = "%(asctime)s %(message)s"
-
-
-def say(line: str) -> None:
-    """Prints a line above the progress bar; letters that the terminal lacks are printed as codes."""
-    encoding = sys.stdout.encoding or "utf-8"
-    tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
 
 
 class _ConsoleHandler(logging.Handler):
