@@ -355,6 +355,11 @@ def check_same_classes(train: list[str] | None, val: list[str] | None) -> None:
     raise UserError(f"training and validation classes differ ({difference}): make the folders agree")
 
 
+def repeated(names: Sequence[str]) -> list[str]:
+    """The names that more than one class has."""
+    return sorted({name for name in names if names.count(name) > 1})
+
+
 def map_classes(found: list[str] | None, known: list[str] | None, num_classes: int) -> list[int] | None:
     """Class numbers of a network for the classes of a data set, by name.
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from data.datasets import repeated
 from utils.errors import UserError, listing, reason
 
 _TEXT, _NUMBER, _EITHER, _LIST = (str,), (int, float), (int, float, str), (list,)
@@ -86,7 +87,7 @@ def _check(content: Any, path: Path) -> None:
         if not ids or len(known[part]) < len(ids):
             raise UserError(f"{path} has {len(ids)} {part} of {len(known[part])} ids: give each an id of its own")
     names = [str(entry["name"]) for entry in content["categories"]]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := repeated(names):
         raise UserError(f"{path} has several categories of the name {listing(twice)}: give each its own")
     for number, annotation in enumerate(content["annotations"]):
         for key, part in (("image_id", "images"), ("category_id", "categories")):

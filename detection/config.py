@@ -65,7 +65,7 @@ def default_config() -> CfgNode:
             "ANCHOR_RATIOS": [0.5, 1.0, 2.0],  # height over width
             "HEAD_NORM": False,  # group norms in retinanet's heads, of which small ones learn faster
             "HEAD_WIDTH": 1024,  # of the others' box head; the next three are theirs too
-            "PROPOSALS": 1000,  # that the second stage looks at, of as many a level, in training of twice as many
+            "PROPOSALS": 1000,  # that the second stage looks at; each level suggests as many, in training twice as many
             "RPN_SAMPLES": 256,  # anchors of an image that the first stage learns from at once
             "BOX_SAMPLES": 512,  # proposals of an image that the second stage learns from at once
             "SCORE_THRESHOLD": 0.05,  # least score of what is given out

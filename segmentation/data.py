@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as F
-from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.tv_tensors import Image as ImageTensor
 from torchvision.tv_tensors import Mask
 from yacs.config import CfgNode
 
 from data.build import EvalData, TrainData, check_steps, loader_settings
-from data.datasets import ImageSamples, count_classes
+from data.datasets import ImageSamples, count_classes, repeated
 from data.decoding import as_mode
 from data.finish import Normalize
 from data.samplers import EndlessBatchSampler, EvalSampler, TrainBatchSampler
@@ -178,7 +177,7 @@ def decode(files: Files, mode: str, num_classes: int, reduce_zero_label: bool) -
         Exception: Of any kind, if one of them is broken or they do not fit.
     """
     image, label_map = files
-    pixels = pil_to_tensor(as_mode(image, mode))
+    pixels = F.pil_to_tensor(as_mode(image, mode))
     classes = torch.from_numpy(to_classes(label_map, num_classes, reduce_zero_label))
     if classes.shape != pixels.shape[1:]:
         sizes = " and ".join(" x ".join(map(str, reversed(shape))) for shape in (pixels.shape[1:], classes.shape))
@@ -269,9 +268,8 @@ def named_classes(config: CfgNode, source: PairSource) -> list[str]:
         raise UserError(
             f"{config.DATA.DATA_PATH} has no {_NAME_FILES[0]} with a name a line: add one, or set MODEL.GMA.NUM_CLASSES"
         )
-    names = source.classes or []
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{config.DATA.DATA_PATH} names several classes {listing(repeated)}: give each its own name")
+    if twice := repeated(source.classes or []):
+        raise UserError(f"{config.DATA.DATA_PATH} names several classes {listing(twice)}: give each its own name")
     count = count_classes(config, source.classes)
     if count > MOST_CLASSES:
         raise UserError(f"{count} classes are more than the {MOST_CLASSES} that 8-bit label maps can tell apart")
