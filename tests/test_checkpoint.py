@@ -665,7 +665,7 @@ def test_old_checkpoints_go_only_after_the_new_one_is_in_place(tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "unlink", note_unlink)
     saved(tmp_path, [(4, 0)], best=(4,))
-    assert [where.name for what, where in seen if what == "moved"] == ["ckpt_epoch_4.pth", "best.pth", "last.pth"]
+    assert [where.name for what, where in seen if what == "moved"] == ["ckpt_epoch_4.pth", "last.pth", "best.pth"]
     kinds = [what for what, _ in seen]
     assert "removed" in kinds
     assert kinds.index("removed") > len(kinds) - 1 - kinds[::-1].index("flushed")

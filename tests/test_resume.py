@@ -17,6 +17,7 @@ from utils.resume import (
     check_classes,
     find_state,
     fit_to_ranks,
+    go_back,
     restore,
     state_of,
     steps_of_epoch,
@@ -130,11 +131,26 @@ def test_the_newest_checkpoint_of_the_folder_is_gone_on_from(tmp_path):
     assert found.state["progress"]["epoch"] == 2
 
 
-def test_a_checkpoint_that_is_named_comes_before_the_folders(tmp_path):
+def test_a_checkpoint_of_the_folder_that_is_named_comes_before_the_newest(tmp_path):
+    named = save(tmp_path, 1)
+    save(tmp_path, 2)
+    found = find_state(config_with(MODEL__RESUME=str(named)), tmp_path, ALONE)
+    assert (found.path, found.state["progress"]["epoch"]) == (named, 1)
+
+
+@pytest.mark.parametrize("auto_resume", [True, False])
+def test_a_folder_that_holds_another_run_than_the_checkpoint_that_is_named_is_refused(tmp_path, auto_resume):
     named = save(tmp_path / "other", 1)
     save(tmp_path / "run", 2)
-    found = find_state(config_with(MODEL__RESUME=str(named)), tmp_path / "run", ALONE)
-    assert (found.path, found.state["progress"]["epoch"]) == (named, 1)
+    with pytest.raises(UserError, match=r"run holds another run, .*ckpt_epoch_1_update_2\.pth: choose another --tag"):
+        find_state(config_with(MODEL__RESUME=str(named), TRAIN__AUTO_RESUME=auto_resume), tmp_path / "run", ALONE)
+
+
+def test_a_checkpoint_that_is_named_takes_the_place_of_damaged_ones(tmp_path):
+    named = save(tmp_path / "copy", 1)
+    spoil(save(tmp_path / "run", 1))
+    spoil(tmp_path / "run" / "last.pth")
+    assert find_state(config_with(MODEL__RESUME=str(named)), tmp_path / "run", ALONE).path == named
 
 
 @pytest.mark.parametrize("name", ["other", "modèles", "run: 1", "a #b", "[x]", "it's"])
@@ -196,6 +212,67 @@ def test_weights_without_a_run_are_refused(tmp_path):
     checkpoint.save({"model": small_network().state_dict(), "config": config_with().dump()}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"weights\.pth holds weights but no run to go on with: .*--pretrained"):
         find_state(config_with(MODEL__RESUME=str(tmp_path / "weights.pth")), tmp_path, ALONE)
+
+
+# Its folder
+
+
+def best_of(epoch):
+    return {"epoch": epoch, "of": "ema", "acc1": 50.0 + epoch}
+
+
+@pytest.fixture
+def three_epochs(tmp_path):
+    """The folder of a run of three epochs, each of them the best so far."""
+    for epoch in range(3):
+        training, folder = trained(epoch + 1), tmp_path / "run"
+        training.progress.place = 0
+        folder.mkdir(exist_ok=True)
+        state = state_of(training, best_of(epoch), config_with(), None)
+        checkpoint.save_numbered(state, folder, epoch + 1, 0, is_best=True, every=1, keep=9)
+    return folder
+
+
+def found_in(folder, name):
+    return Found(folder / name, checkpoint.load(folder / name))
+
+
+def test_a_run_that_goes_back_has_the_best_epoch_by_then_as_best_pth(three_epochs):
+    assert go_back(found_in(three_epochs, "ckpt_epoch_2.pth"), three_epochs, keep=True) == best_of(1)
+    for name in ("best.pth", "last.pth"):
+        assert checkpoint.load(three_epochs / name)["best"] == best_of(1)
+    assert checkpoint.load(three_epochs / "ckpt_epoch_3.pth.old")["best"] == best_of(2)
+
+
+def test_a_best_epoch_whose_weights_are_gone_is_forgotten(three_epochs):
+    found = found_in(three_epochs, "ckpt_epoch_2.pth")
+    found.state["best"] = best_of(0)
+    (three_epochs / "ckpt_epoch_1.pth").unlink()
+    assert go_back(found, three_epochs, keep=False) is None
+    assert sorted(path.name for path in three_epochs.iterdir()) == ["best.pth", "ckpt_epoch_2.pth", "last.pth"]
+
+
+def test_a_damaged_best_pth_is_put_back(three_epochs):
+    spoil(three_epochs / "best.pth")
+    assert go_back(found_in(three_epochs, "last.pth"), three_epochs, keep=False) == best_of(2)
+    assert checkpoint.load(three_epochs / "best.pth")["best"] == best_of(2)
+
+
+def test_a_run_that_goes_on_from_another_folder_brings_its_best_epoch_and_leaves_that_folder_as_it_is(
+    three_epochs, tmp_path
+):
+    new, before = tmp_path / "new", sorted(path.name for path in three_epochs.iterdir())
+    new.mkdir()
+    assert go_back(found_in(three_epochs, "ckpt_epoch_3.pth"), new, keep=True) == best_of(2)
+    assert [path.name for path in new.iterdir()] == ["best.pth"]
+    assert sorted(path.name for path in three_epochs.iterdir()) == before
+
+
+def test_a_damaged_last_pth_is_put_back_by_the_run_that_goes_on_from_the_one_before(three_epochs):
+    spoil(three_epochs / "last.pth")
+    found = Found(*checkpoint.newest(three_epochs))
+    go_back(found, three_epochs, keep=False)
+    assert checkpoint.load(three_epochs / "last.pth")["progress"]["epoch"] == 3
 
 
 # The same run
@@ -403,6 +480,13 @@ def test_an_elastic_run_that_cannot_keep_its_images_an_update_is_refused(tmp_pat
 def test_without_a_run_to_fit_or_the_flag_the_accumulation_stays(found, elastic):
     config = config_with(TRAIN__ELASTIC=elastic)
     assert fit_to_ranks(config, found, TWO_RANKS) is config
+
+
+def test_an_epoch_that_is_shorter_than_an_update_is_refused():
+    config = config_with(TRAIN__ACCUMULATION_STEPS=4)
+    assert steps_of_epoch(config, None, 4) == 4
+    with pytest.raises(UserError, match=r"TRAIN\.ACCUMULATION_STEPS is 4, but an epoch has 3 step\(s\)"):
+        steps_of_epoch(config, None, 3)
 
 
 @pytest.mark.parametrize(("accumulation", "steps", "wanted"), [(2, 6, 6), (2, 7, 6), (2, 5, 5), (4, 14, 12)])

@@ -275,9 +275,9 @@ def _by_age(folder: Path) -> list[tuple[tuple[int, int], Path]]:
 def save_numbered(
     state: Mapping[str, Any], folder: Path, epoch: int, place: int, *, is_best: bool, every: int, keep: int
 ) -> None:
-    """Writes a checkpoint under its number, as best.pth if it is, and as last.pth; then removes old ones.
+    """Writes a checkpoint under its number, as last.pth, and as best.pth if it is; then removes old ones.
 
-    last.pth comes after the others: a run that is killed before goes on from an older one, and writes them again.
+    A run that is killed in between goes on from what is there, `bring_best` makes up for best.pth.
 
     Args:
         state: The checkpoint.
@@ -290,9 +290,9 @@ def save_numbered(
     """
     path = folder / name_of(epoch, place)
     save(state, path)
+    copy(path, folder / LAST)
     if is_best:
         copy(path, folder / BEST)
-    copy(path, folder / LAST)
     prune(folder, every, keep)
 
 
@@ -374,6 +374,31 @@ def remove_after(folder: Path, epoch: int, place: int, keep: bool) -> None:
                 path.replace(path.with_name(f"{path.name}.old"))
             else:
                 path.unlink()
+
+
+def bring_best(best: Mapping[str, Any] | None, folder: Path, beside: Path) -> bool:
+    """Makes best.pth the checkpoint of the best epoch, where that is still to be found.
+
+    Args:
+        best: What the checkpoint that a run goes on from says of the best epoch.
+        folder: The run's.
+        beside: The folder of the checkpoint that it goes on from.
+
+    Returns:
+        Whether best.pth is that now.
+    """
+    if not best:
+        return False
+    for path in (folder / BEST, beside / BEST, beside / name_of(best["epoch"] + 1, 0)):
+        try:
+            is_best = path.is_file() and load(path).get("best") == best
+        except UserError:  # a damaged one
+            continue
+        if is_best:
+            if path != folder / BEST:
+                copy(path, folder / BEST)
+            return True
+    return False
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -36,7 +36,8 @@ class Keeper(Watch):
         training: What trains.
         folder: The run's.
         classes: Class names by number, or None.
-        best: The best epoch so far: {'epoch', 'of', and the measure that it was chosen by: 'acc1'}, or None.
+        best: The best epoch so far: {'epoch', 'of', and the measure that it was chosen by: 'acc1'}, or None; rank 0
+            alone must know it.
         broken: What becomes of broken images.
         signals: What asks this rank to stop.
     """

@@ -48,10 +48,10 @@ class Found:
 
 
 def find_state(config: CfgNode, folder: Path, world: World) -> Found | None:
-    """The checkpoint to go on from: --resume, else the folder's newest unless TRAIN.AUTO_RESUME is off.
+    """The checkpoint to go on from: --resume, else the folder's newest.
 
-    Where the folder's run was itself started with this --resume, its newest one is meant: a queue starts the same
-    command again.
+    Where the folder's run was itself started with this --resume, its newest one is meant, unless TRAIN.AUTO_RESUME is
+    off: a queue starts the same command again.
 
     Rank 0 chooses; the others read the same file and must find the same in it. Every rank must ask.
 
@@ -74,26 +74,31 @@ def find_state(config: CfgNode, folder: Path, world: World) -> Found | None:
 
 
 def _choose(config: CfgNode, folder: Path) -> Found | None:
-    resume = config.MODEL.RESUME
-    if resume:
-        same_again = _run_started_from(config, folder) if config.TRAIN.AUTO_RESUME else None
-        return same_again or Found(Path(resume), checkpoint.load(resume))
+    if config.MODEL.RESUME:
+        return _choose_named(config, folder)
     if not config.TRAIN.AUTO_RESUME and checkpoint.holds_run(folder):
         raise UserError(f"{folder} holds a run already: choose another --tag, or leave TRAIN.AUTO_RESUME on")
     newest = checkpoint.newest(folder)
     return Found(*newest) if newest else None
 
 
-def _run_started_from(config: CfgNode, folder: Path) -> Found | None:
-    """The newest checkpoint of the folder's run, if that was itself started with this --resume."""
+def _choose_named(config: CfgNode, folder: Path) -> Found:
+    named = Path(config.MODEL.RESUME)
     try:
         newest = checkpoint.newest(folder)
     except UserError:  # the named file may be there to replace what is damaged
-        return None
-    saved = newest[1].get("config") if newest else None
-    if saved and "MODEL.RESUME" not in differences(config, saved):
-        return Found(*newest)
-    return None
+        newest = None
+    if newest:
+        began_with_it = "MODEL.RESUME" not in differences(config, newest[1].get("config") or "{}")
+        if began_with_it and config.TRAIN.AUTO_RESUME:
+            return Found(*newest)
+        if not _lies_in(folder, named):
+            raise UserError(f"{folder} holds another run, which would not go on from {named}: choose another --tag")
+    return Found(named, checkpoint.load(named))
+
+
+def _lies_in(folder: Path, path: Path) -> bool:
+    return path.resolve().parent == folder.resolve()
 
 
 def _check_same_run(config: CfgNode, found: Found, world: World) -> None:
@@ -188,7 +193,15 @@ def steps_of_epoch(config: CfgNode, found: Found | None, steps: int) -> int:
         config: The configuration, fitted to the ranks.
         found: The checkpoint to go on from, if any.
         steps: Micro-batches of this rank that the data has.
+
+    Raises:
+        UserError: If they do not make up one update.
     """
+    if accumulation_steps(config) > steps:
+        raise UserError(
+            f"TRAIN.ACCUMULATION_STEPS is {accumulation_steps(config)}, but an epoch has {steps} step(s): lower it, or "
+            "the batch size"
+        )
     if found and config.TRAIN.ELASTIC:  # smaller micro-batches may leave less over at the end of an epoch
         return min(steps, found.state["progress"]["updates_per_epoch"] * accumulation_steps(config))
     return steps
@@ -270,6 +283,27 @@ def restore(state: dict[str, Any], training: Training, config: CfgNode) -> None:
     if training.ema:
         load_weights(training.ema.module, state["ema"] or state["model"], "the checkpoint's moving average")
     training.progress.load_state_dict(state["progress"])
+
+
+def go_back(found: Found, folder: Path, keep: bool) -> dict[str, Any] | None:
+    """Leaves a run's folder as it was when the checkpoint that it goes on from was written; only rank 0 must call.
+
+    Args:
+        found: That checkpoint.
+        folder: The run's.
+        keep: Whether later checkpoints are renamed to *.old, and not removed.
+
+    Returns:
+        The best epoch by then, if there are its weights, which best.pth has now.
+
+    Raises:
+        UserError: If the folder cannot be written to.
+    """
+    progress, best = found.state["progress"], found.state["best"]
+    checkpoint.remove_after(folder, progress["epoch"], progress["place"], keep)
+    if _lies_in(folder, found.path) and found.path.name != checkpoint.LAST:
+        checkpoint.copy(found.path, folder / checkpoint.LAST)
+    return best if checkpoint.bring_best(best, folder, found.path.parent) else None
 
 
 def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:

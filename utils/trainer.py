@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +30,7 @@ from utils.resume import (
     check_classes,
     find_state,
     fit_to_ranks,
+    go_back,
     restore,
     start_from_pretrained,
     steps_of_epoch,
@@ -71,7 +71,7 @@ def train(config: CfgNode, world: World, precision: Precision, task: Task) -> No
         network = task.build_network(config, train_data)
         if not found:
             start_from_pretrained(config, network, train_data.classes, task.load_to_start)
-    steps_per_epoch = steps_of_epoch(config, found, train_data.steps_per_epoch)
+        steps_per_epoch = steps_of_epoch(config, found, train_data.steps_per_epoch)
     training = build_training(config, world, precision, task, network, steps_per_epoch)
     with together():
         if found:
@@ -196,13 +196,12 @@ def open_run(
     Raises:
         UserError: If the folder cannot be written to.
     """
-    is_main = training.world.is_main
+    is_main, best = training.world.is_main, None
     setup_logging(is_main, folder)
     if is_main:
-        at = training.progress
-        checkpoint.remove_after(folder, at.epoch, at.place, keep=bool(config.MODEL.RESUME))
+        if found:
+            best = go_back(found, folder, keep=found.path == Path(config.MODEL.RESUME))
         checkpoint.write_text(folder / "config.yaml", config.dump())
-    best = known_best(found, folder) if found else None
     broken = BrokenImages(
         config.DATA.ON_ERROR == "skip", config.DATA.MAX_BROKEN, train_data.images, folder if is_main else None
     )
@@ -210,15 +209,6 @@ def open_run(
     if config.TRAIN.ON_NONFINITE == "skip" and not checkpoint.holds_run(folder):
         keeper.save()  # to go back to
     return keeper
-
-
-def known_best(found: Found, folder: Path) -> dict[str, Any] | None:
-    """The best epoch before the checkpoint that a run goes on from, if the run's folder has that epoch's weights."""
-    best, path = found.state["best"], folder / checkpoint.BEST
-    if not path.is_file():
-        return None
-    is_of_folder = found.path.resolve().parent == folder.resolve()
-    return best if is_of_folder or checkpoint.load(path).get("best") == best else None
 
 
 def run_epochs(
