@@ -39,6 +39,7 @@ from utils.keeper import Keeper
 from utils.logger import read_metrics
 from utils.metrics import Score
 from utils.progress import Progress
+from utils.report import describe_best
 from utils.resume import Found, state_of
 from utils.trainer import evaluate_epoch, open_run, run_epochs
 
@@ -216,9 +217,15 @@ def test_a_task_is_scored_and_logged_by_its_own_measures(tmp_path, caplog):
     keeper.wait()
     assert keeper.best == {"epoch": 1, "of": "ema", "overlap": 60.0}
     assert " * EMA Overlap 60.000 Edges 40.000" in caplog.messages
-    assert caplog.messages[-1] == "best so far: Overlap 60.000 after 2 epochs"
+    assert caplog.messages[-1] == "best so far: Overlap 60.000 of the moving average after 2 epochs"
     line = read_metrics(tmp_path / "metrics.jsonl")[1]
     assert (line["ema_overlap"], line["edges"], line["ema_loss"]) == (60.0, 99.0, None)
+
+
+@pytest.mark.parametrize(("of", "whose"), [("model", ""), ("ema", " of the moving average")])
+def test_the_best_epoch_is_told_with_whose_it_is(of, whose):
+    best = {"epoch": 1, "of": of, "acc1": 75.0}
+    assert describe_best(best, Score.measures) == f"Acc@1 75.000{whose} after 2 epochs"
 
 
 def test_only_rank_0_writes(tmp_path):

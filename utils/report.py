@@ -77,6 +77,7 @@ def log_scores(
 
 
 def describe_best(best: dict[str, Any], measures: Mapping[str, str]) -> str:
-    """The best epoch so far in words: what it reached by the first measure, and when."""
+    """The best epoch so far in words: what it reached by the first measure, whose weights did, and when."""
     measure, label = next(iter(measures.items()))
-    return f"{label} {best[measure]:.3f} after {best['epoch'] + 1} epochs"
+    whose = " of the moving average" if best["of"] == "ema" else ""
+    return f"{label} {best[measure]:.3f}{whose} after {best['epoch'] + 1} epochs"
