@@ -103,8 +103,3 @@ def check(config: CfgNode) -> None:
             "DATA.BATCH_SIZE 1 does not fit upernet, whose pooling to one pixel leaves its batch norm nothing to "
             "normalise: use 2 or more, or MODEL.DECODER.NAME fpn"
         )
-    if decoder.NAME == "upernet" and config.DETERMINISTIC and config.DEVICE != "cpu":
-        raise UserError(
-            "DETERMINISTIC does not fit upernet, as torch's adaptive pooling has no deterministic backward pass on "
-            "GPUs: use MODEL.DECODER.NAME fpn, or leave DETERMINISTIC off"
-        )

@@ -12,6 +12,7 @@ from segmentation.loss import SegmentationLoss
 from segmentation.metrics import SegmentationScore, SegmentationSums
 from segmentation.model import Segmenter, build_segmenter, compile_segmenter, load_to_start
 from utils.dist import World
+from utils.errors import UserError
 from utils.task import Task
 
 
@@ -31,6 +32,11 @@ def segmentation() -> Task:
 
 
 def _open_data(config: CfgNode, world: World) -> tuple[TrainData, EvalData]:
+    if config.DETERMINISTIC and config.MODEL.DECODER.NAME == "upernet" and world.device.type == "cuda":
+        raise UserError(
+            "DETERMINISTIC does not fit upernet, as torch's adaptive pooling has no deterministic backward pass on "
+            "GPUs: use MODEL.DECODER.NAME fpn, or leave DETERMINISTIC off"
+        )
     return build_train_data(config, world), build_eval_data(config, world)
 
 

@@ -3,12 +3,15 @@
 import ast
 
 import pytest
-from helpers_segmentation import tiny
+import torch
+from helpers_segmentation import FPN, tiny
 from helpers_unit import ROOT
 
 from segmentation.config import check, default_config
+from segmentation.task import segmentation
 from utils.config import default_config as shared_config
 from utils.config import flatten, load_config
+from utils.dist import World
 from utils.errors import UserError
 
 FILES = sorted((ROOT / "configs/segmentation").glob("*.yaml"))
@@ -70,7 +73,6 @@ def test_every_key_of_its_own_is_read_somewhere():
         ({"MODEL__DECODER__NAME": "unet"}, r"MODEL\.DECODER\.NAME is 'unet': choose one of upernet, fpn"),
         ({"MODEL__DECODER__NAME": "fpn"}, r"MODEL\.DECODER\.CHANNELS 32 does not fit fpn's group norms"),
         ({"DATA__BATCH_SIZE": 1}, r"DATA\.BATCH_SIZE 1 does not fit upernet"),
-        ({"DETERMINISTIC": True, "DEVICE": "auto"}, "DETERMINISTIC does not fit upernet"),
         ({"AUG__CAT_MAX_RATIO": 1.5}, r"AUG\.CAT_MAX_RATIO is 1\.5"),
         ({"TRAIN__EPOCH_UPDATES": -1}, r"TRAIN\.EPOCH_UPDATES is -1"),
         ({"DATA__SHORT_SIDE": -1}, r"DATA\.SHORT_SIDE is -1"),
@@ -79,6 +81,22 @@ def test_every_key_of_its_own_is_read_somewhere():
 def test_values_that_cannot_work_are_refused(values, said):
     with pytest.raises(UserError, match=said):
         check(tiny(**values))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "device", "said"),
+    [
+        ({}, "cuda", "DETERMINISTIC does not fit upernet"),
+        ({}, "cpu", "images/training is no folder"),  # the data is opened, but there is none
+        (FPN, "cuda", "images/training is no folder"),
+    ],
+    ids=["upernet on a GPU", "upernet on a CPU", "fpn on a GPU"],
+)
+def test_deterministic_training_is_judged_by_the_device_that_is_used(decoder, device, said):
+    config = tiny(DETERMINISTIC=True, DEVICE="auto", **decoder)
+    check(config)
+    with pytest.raises(UserError, match=said):
+        segmentation().open_data(config, World(0, 1, torch.device(device)))
 
 
 def test_three_stages_are_refused():
