@@ -25,7 +25,7 @@ def score_weights(
     use_ema: bool = False,
     random_weights: bool = False,
     watch: Callable[[Sums, EvalData], Sums] = lambda sums, _data: sums,
-) -> tuple[SegmentationScore, list[str], float]:
+) -> tuple[SegmentationScore, EvalData, float]:
     """Scores weights on the validation data, every image once and at its own size.
 
     Args:
@@ -37,7 +37,7 @@ def score_weights(
         watch: Puts something that sees all answers in the place of what adds up the score, which it must pass them to.
 
     Returns:
-        The score, the classes' names, and images per second including loading.
+        The score, what was scored on, and images per second including loading.
 
     Raises:
         UserError: If weights, data and configuration do not fit together.
@@ -53,7 +53,7 @@ def score_weights(
         sums = watch(build_sums(data, world.device), data)
     predictor = build_predictor(config, network.to(world.device, memory_format=memory_format(config)))
     score, images_per_s = score_timed(predictor, data, world, precision, sums)
-    return score, classes, images_per_s
+    return score, data, images_per_s
 
 
 def _check_classes(known: list[str] | None, classes: list[str]) -> None:

@@ -52,7 +52,6 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     """Scores, and prints and writes the result on rank 0."""
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from data.build import EvalData
-    from segmentation.data import PairSource
     from segmentation.pictures import PictureSums, draw_overview
     from segmentation.scoring import score_weights
     from utils.checkpoint import write_text
@@ -64,22 +63,20 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     def with_pictures(sums: Sums, data: EvalData) -> Sums:
         if arguments.save_pictures is None:
             return sums
-        source, order = data.loader.dataset.source, iter(data.loader.sampler)
-        folder, reduce = arguments.save_pictures, config.DATA.REDUCE_ZERO_LABEL
-        return PictureSums(sums, source, order, folder, arguments.pictures, data.classes or [], reduce)
+        folder, order, reduce = arguments.save_pictures, iter(data.loader.sampler), config.DATA.REDUCE_ZERO_LABEL
+        return PictureSums(sums, data.source, order, folder, arguments.pictures, data.classes or [], reduce)
 
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         setup_logging(world.is_main)
         precision = choose_scoring_precision(config, world.device, _log.info)
-        result, classes, images_per_s = score_weights(
+        result, data, images_per_s = score_weights(
             config, world, precision, arguments.ema, arguments.random_weights, with_pictures
         )
         if not world.is_main:
             return
         if arguments.save_pictures:
-            source = PairSource(Path(config.DATA.DATA_PATH), config.DATA.VAL_SPLIT)
-            draw_overview(arguments.save_pictures, source, arguments.pictures)
-        by_class = list(zip(classes, result.iou_of_classes, result.acc_of_classes, strict=True))
+            draw_overview(arguments.save_pictures, data.source, arguments.pictures)
+        by_class = list(zip(data.classes or [], result.iou_of_classes, result.acc_of_classes, strict=True))
         for name, iou, acc in by_class:
             print(f"{name:24} IoU {iou:7.3f} Acc {acc:7.3f}")
         print(f" * {describe(result)}")

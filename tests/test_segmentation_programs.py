@@ -2,6 +2,7 @@
 
 import json
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from helpers_unit import ROOT
 from PIL import Image
 
 from models import GroupMixFormer
+from segmentation import data
 
 pytest_plugins = ["segments"]
 pytestmark = pytest.mark.slow
@@ -78,6 +80,13 @@ def test_pictures_of_every_image_are_written(score, pairs, tmp_path):
         with Image.open(tmp_path / "pictures/comparisons" / path.name) as comparison:
             assert comparison.width > comparison.height
     assert (tmp_path / "pictures/overview.png").is_file()
+
+
+def test_images_are_listed_once_for_scores_and_pictures(score, tmp_path, monkeypatch):
+    listed = mock.Mock(wraps=data.PairSource)
+    monkeypatch.setattr(data, "PairSource", listed)
+    score("--save-pictures", tmp_path / "pictures", "--pictures", 1)
+    assert listed.call_count == 1
 
 
 def test_training_starts_from_a_classifier_and_says_what_it_leaves_out(call, segmentation_words, tmp_path):
