@@ -93,7 +93,7 @@ def test_it_is_told_where_the_best_epoch_was_chosen_by_the_weights_that_are_not_
     for chosen_by, flags, is_told in [("ema", [], True), ("ema", ["--ema"], False), ("model", [], False)]:
         checkpoint.save({**state, "best": {**state["best"], "of": chosen_by}}, tmp_path / "chosen.pth")
         said = score("--resume", tmp_path / "chosen.pth", *flags).stdout
-        assert ("chosen by their moving average: add --ema" in said) is is_told
+        assert ("the best epoch was that of their moving average (test.py --ema)" in said) is is_told
 
 
 def test_settings_that_differ_from_those_of_training_and_change_the_answers_are_told(weights, score):
@@ -332,7 +332,10 @@ def test_eval_of_train_without_weights_is_an_error(call, tree, tiny_config, tmp_
     result = call("train.py", "--cfg", tiny_config, "--data-path", tree, "--output", tmp_path, "--eval")
     assert result.code == 2
     (error,) = result.errors
-    assert "--pretrained" in error
+    assert error == (
+        "no weights to score: add --pretrained FILE or --resume FILE; "
+        "test.py --random-weights scores a network that knows nothing"
+    )
 
 
 @pytest.mark.slow

@@ -56,7 +56,9 @@ def weights_file(config: CfgNode) -> str:
     if not (resume or pretrained):
         best = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG / checkpoint.BEST
         hint = f"--resume {best}" if best.is_file() else "--pretrained FILE or --resume FILE"
-        raise UserError(f"no weights to score: add {hint}, or --random-weights to score a network that knows nothing")
+        raise UserError(
+            f"no weights to score: add {hint}; test.py --random-weights scores a network that knows nothing"
+        )
     return resume or pretrained
 
 
@@ -148,7 +150,7 @@ def choose_weights(state: dict[str, Any], use_ema: bool, source: str) -> dict[st
     """
     if not use_ema:
         if state.get("ema") and chosen_by_ema(state):
-            _log.info("scoring the trained weights; the best epoch was chosen by their moving average: add --ema")
+            _log.info("scoring the trained weights; the best epoch was that of their moving average (test.py --ema)")
         return state["model"]
     if not state.get("ema"):
         raise UserError(f"{source} holds no moving average: leave --ema out")
