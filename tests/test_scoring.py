@@ -261,6 +261,11 @@ def test_random_weights_are_scored_where_asked_for(report):
     assert report("--random-weights")["images"] == 17
 
 
+def test_random_weights_follow_the_seed(report):
+    losses = [report("--random-weights", "--seed", seed)["loss"] for seed in (3, 3, 4)]
+    assert losses[0] == losses[1] != losses[2]
+
+
 @pytest.mark.parametrize("also", [["--ema"], ["--resume", __file__], ["--pretrained", __file__]])
 def test_random_weights_are_not_called_by_the_name_of_others(score, also):
     (error,) = score("--random-weights", *also, code=2).errors

@@ -20,6 +20,7 @@ from utils.engine import evaluate
 from utils.errors import UserError, listing
 from utils.metrics import Score, ScoreSums, Sums, TaskScore
 from utils.precision import Precision, memory_format
+from utils.seeding import number_for, seed_everything
 from utils.trained import chosen_by_ema
 
 _log = logging.getLogger(__name__)
@@ -112,10 +113,13 @@ def score_weights(
 def read_weights(config: CfgNode, random_weights: bool) -> tuple[str | None, dict[str, Any]]:
     """The file that the configuration says to score, and its checkpoint; None and nothing for fresh weights.
 
+    Fresh weights are made next, and follow SEED as those do that training starts from.
+
     Raises:
         UserError: If the configuration names no file, or two, or the file cannot be read.
     """
     if random_weights:
+        seed_everything(number_for(config.SEED, "weights"))
         return None, {}
     source = weights_file(config)
     _log.info("scoring %s", source)
