@@ -53,7 +53,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
     from utils.precision import choose_scoring_precision
     from utils.reporting.folder import check_report_folder
     from utils.reporting.outcomes import OutcomeSums
-    from utils.scoring import score_weights
+    from utils.scoring import circumstances, score_weights
     from utils.throughput import throughput_line
 
     folder = Path(arguments.report) if arguments.report else None
@@ -78,11 +78,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
             "images": result.images,
             "correct1": result.correct1,
             "correct5": result.correct5,
-            "images_per_s": scored.images_per_s,
-            "ranks": world.size,
-            "precision": precision.name,
-            "weights": config.MODEL.RESUME or config.MODEL.PRETRAINED or "random",
-            "ema": arguments.ema,
+            **circumstances(config, world, precision, arguments.ema, scored.images_per_s),
             "fused": arguments.fuse,
         }
         if world.is_main:

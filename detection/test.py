@@ -59,6 +59,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     from utils.logger import setup_logging
     from utils.metrics import describe
     from utils.precision import choose_scoring_precision
+    from utils.scoring import circumstances
 
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         setup_logging(world.is_main)
@@ -73,13 +74,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
             scored.score.images, len(scored.results), scored.images_per_s, precision.name,
             world.size, world.device.type,
         )  # fmt: skip
-        settings = {
-            "images_per_s": scored.images_per_s,
-            "ranks": world.size,
-            "precision": precision.name,
-            "weights": config.MODEL.RESUME or config.MODEL.PRETRAINED or "random",
-            "ema": arguments.ema,
-        }
+        settings = circumstances(config, world, precision, arguments.ema, scored.images_per_s)
         write_reports(arguments, scored, settings)
         if arguments.save_pictures:
             images = Path(config.DATA.DATA_PATH) / config.DATA.VAL_IMAGES

@@ -59,6 +59,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     from utils.logger import setup_logging
     from utils.metrics import Sums, describe
     from utils.precision import choose_scoring_precision
+    from utils.scoring import circumstances
 
     def with_pictures(sums: Sums, data: EvalData) -> Sums:
         if arguments.save_pictures is None:
@@ -88,11 +89,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
             values: dict[str, Any] = {name: getattr(result, name) for name in (*result.measures, "loss", "images")}
             values |= {
                 "classes": {name: {"iou": _number(iou), "acc": _number(acc)} for name, iou, acc in by_class},
-                "images_per_s": images_per_s,
-                "ranks": world.size,
-                "precision": precision.name,
-                "weights": config.MODEL.RESUME or config.MODEL.PRETRAINED or "random",
-                "ema": arguments.ema,
+                **circumstances(config, world, precision, arguments.ema, images_per_s),
                 "multi_scale": config.TEST.MULTI_SCALE,
                 "sliding_window": config.TEST.SLIDING_WINDOW,
             }

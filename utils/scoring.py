@@ -146,6 +146,19 @@ def score_timed(
     return score, score.images / (time.perf_counter() - start)
 
 
+def circumstances(
+    config: CfgNode, world: World, precision: Precision, use_ema: bool, images_per_s: float
+) -> dict[str, Any]:
+    """How a score came about, as --json tells it beside the score."""
+    return {
+        "images_per_s": images_per_s,
+        "ranks": world.size,
+        "precision": precision.name,
+        "weights": config.MODEL.RESUME or config.MODEL.PRETRAINED or "random",
+        "ema": use_ema,
+    }
+
+
 def choose_weights(state: dict[str, Any], use_ema: bool, source: str) -> dict[str, torch.Tensor]:
     """A checkpoint's weights, or their moving average; says where its best epoch was chosen by the other.
 
