@@ -9,12 +9,13 @@ Usage:
 import argparse
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
 
-from utils.cli import add_weights_flags, check_report, config_from, make_parser, run
+from utils.cli import check_report, config_from, make_parser, run
 from utils.config import check_to_score
 from utils.errors import UserError
 
@@ -27,10 +28,9 @@ _log = logging.getLogger(__name__)
 
 def main() -> None:
     """Parses, then scores or measures."""
-    parser = make_parser("Score a checkpoint on the validation data.")
-    add_weights_flags(parser)
+    parser = make_parser("Score a checkpoint on the validation data.", scores=True)
     parser.add_argument("--fuse", action="store_true", help="rewrite the network for inference first (models/fuse.py)")
-    parser.add_argument("--json", metavar="FILE", help="write the score there too")
+    parser.add_argument("--json", metavar="FILE", help="write the score, or the throughput, there too")
     parser.add_argument(
         "--report", metavar="DIR", help="write the score of each class, confusion, calibration and mistakes there"
     )
@@ -54,7 +54,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
     from utils.reporting.folder import check_report_folder
     from utils.reporting.outcomes import OutcomeSums
     from utils.scoring import circumstances, score_weights
-    from utils.throughput import throughput_line
+    from utils.throughput import measure
 
     folder = Path(arguments.report) if arguments.report else None
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
@@ -63,7 +63,12 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
         if config.THROUGHPUT_MODE:
             network = build_model(config, config.MODEL.GMA.NUM_CLASSES)
             network = fuse(network) if arguments.fuse else network
-            _log.info(throughput_line(network, config, world.device, precision))
+            measured = measure(network, config, world.device, precision)
+            _log.info(measured)
+            facts = asdict(measured) | {"fused": arguments.fuse}
+            with together():
+                if arguments.json and world.is_main:
+                    write_text(Path(arguments.json), json.dumps(facts, indent=2) + "\n")
             return
         with together():
             if folder and world.is_main:

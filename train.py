@@ -32,7 +32,7 @@ def main() -> None:
     from utils.logger import setup_logging
     from utils.precision import choose_precision, choose_scoring_precision
     from utils.scoring import score_weights
-    from utils.throughput import throughput_line
+    from utils.throughput import measure
     from utils.trainer import train
 
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
@@ -44,7 +44,7 @@ def main() -> None:
         precision = choose_precision(config, world.device, _log.info)
         if config.THROUGHPUT_MODE:
             network = build_model(config, config.MODEL.GMA.NUM_CLASSES)
-            _log.info(throughput_line(network, config, world.device, precision))
+            _log.info(measure(network, config, world.device, precision))
         else:
             train(config, world, precision, classification())
 

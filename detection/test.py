@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from yacs.config import CfgNode
 
 from detection.config import check, default_config
-from utils.cli import add_weights_flags, check_pictures, check_report, config_from, make_parser, run
+from utils.cli import check_pictures, check_report, config_from, make_parser, run
 
 if TYPE_CHECKING:
     from detection.metrics import BoxScore
@@ -32,8 +32,9 @@ _log = logging.getLogger(__name__)
 
 def main() -> None:
     """Parses, then scores."""
-    parser = make_parser(__doc__, data="folder of the images' folders and of annotations/")
-    add_weights_flags(parser)
+    parser = make_parser(
+        __doc__, data="folder of the images' folders and of annotations/", scores=True, measures_throughput=False
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the score there too")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="write each class's AP there, as CSV")
     parser.add_argument(

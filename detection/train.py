@@ -23,8 +23,8 @@ _log = logging.getLogger(__name__)
 
 def main() -> None:
     """Parses, then trains or scores."""
-    arguments = make_parser(__doc__, data="folder of the images' folders and of annotations/").parse_args()
-    config = config_from(arguments, default_config, check)
+    parser = make_parser(__doc__, data="folder of the images' folders and of annotations/", measures_throughput=False)
+    config = config_from(parser.parse_args(), default_config, check)
 
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from detection.scoring import score_weights

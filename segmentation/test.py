@@ -22,21 +22,22 @@ sys.path.insert(0, str(ROOT))
 from yacs.config import CfgNode  # noqa: E402
 
 from segmentation.config import check, default_config  # noqa: E402
-from utils.cli import add_weights_flags, check_pictures, check_report, config_from, make_parser, run  # noqa: E402
+from utils.cli import check_pictures, check_report, config_from, make_parser, run  # noqa: E402
 
 _log = logging.getLogger(__name__)
 
 
 def main() -> None:
     """Parses, then scores."""
-    parser = make_parser(__doc__, data="folder that holds images/ and annotations/")
+    parser = make_parser(
+        __doc__, data="folder that holds images/ and annotations/", scores=True, measures_throughput=False
+    )
     parser.add_argument("--multi-scale", action="store_true", help="look at several sizes, and mirrored (TEST.SCALES)")
     parser.add_argument(
         "--sliding-window", action="store_true", help="look through a window (TEST.WINDOW, TEST.STRIDE)"
     )
     parser.add_argument("--save-pictures", type=Path, metavar="DIR", help="write label maps and comparisons there")
     parser.add_argument("--pictures", type=int, default=24, metavar="N", help="compare the first so many images (24)")
-    add_weights_flags(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the score there too")
     arguments = parser.parse_args()
     for flag, key in (("multi_scale", "TEST.MULTI_SCALE"), ("sliding_window", "TEST.SLIDING_WINDOW")):

@@ -36,7 +36,7 @@ def main() -> None:
     from utils.logger import setup_logging
     from utils.metrics import describe
     from utils.precision import choose_precision, choose_scoring_precision
-    from utils.throughput import throughput_line
+    from utils.throughput import measure
     from utils.trainer import train
 
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
@@ -48,7 +48,7 @@ def main() -> None:
         precision = choose_precision(config, world.device, _log.info)
         if config.THROUGHPUT_MODE:
             network = build_segmenter(config, config.MODEL.GMA.NUM_CLASSES or 1)
-            _log.info(throughput_line(network, config, world.device, precision))
+            _log.info(measure(network, config, world.device, precision))
         else:
             train(config, world, precision, segmentation())
 

@@ -56,6 +56,22 @@ def test_the_published_flags_are_all_there():
     assert [flag for flag in PUBLISHED_FLAGS if flag not in known] == []
 
 
+@pytest.mark.parametrize(
+    ("program", "has_it"),
+    [(f"{task}{name}.py", task == "" or (task, name) == ("segmentation/", "train"))
+     for task in ("", "segmentation/", "detection/") for name in ("train", "test")],
+)  # fmt: skip
+def test_only_programs_that_measure_throughput_have_its_flag(call, program, has_it):
+    assert ("--throughput" in call(program, "--help").stdout) is has_it
+
+
+@pytest.mark.parametrize("task", ["", "segmentation/", "detection/"])
+def test_programs_that_score_say_of_weights_that_they_are_scored(call, task):
+    words = {name: " ".join(call(f"{task}{name}.py", "--help").stdout.split()) for name in ("train", "test")}
+    assert "--resume FILE checkpoint to go on from, or to score with --eval" in words["train"]
+    assert "--resume FILE checkpoint to score, the same as --pretrained" in words["test"]
+
+
 def test_no_flag_has_a_default():
     values = vars(parsed())
     assert values.pop("cfg") == FILE

@@ -352,13 +352,25 @@ def test_half_precision_scores_nearly_alike(weights, report, precision):
     assert other["loss"] != one["loss"]
 
 
-@pytest.mark.parametrize("program", ["test.py", "train.py"])
-def test_throughput_says_how_it_was_measured(call, tiny_config, program, monkeypatch):
+@pytest.fixture
+def few_batches(monkeypatch):
+    """Makes a measurement one of few batches."""
     seconds = itertools.count()
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(seconds)))  # a measurement of few batches
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(seconds)))
+
+
+@pytest.mark.parametrize("program", ["test.py", "train.py"])
+def test_throughput_says_how_it_was_measured(call, tiny_config, program, few_batches):
     result = call(program, "--cfg", tiny_config, "--throughput", "--batch-size", 3, "--precision", "bf16")
     assert result.code == 0, result.stderr
     (line,) = [line for line in result.stdout.splitlines() if "throughput" in line]
     assert float(re.search(r"([\d.]+) images/s", line)[1]) > 0
     for condition in ("batch 3", "64 x 64", "bf16", "cpu", "1 CPU thread"):
         assert condition in line
+
+
+def test_throughput_is_reported_where_a_score_would_be(report, few_batches):
+    measured = report("--throughput", "--batch-size", 3, "--fuse")
+    assert measured.pop("images_per_s") > 0
+    conditions = {"batch_size": 3, "image_size": 64, "precision": "fp32", "device": "cpu", "cpu_threads": 1}
+    assert measured == {**conditions, "fused": True}

@@ -41,7 +41,7 @@ _CLASSES = 1000
 
 def main() -> None:
     """Parses, measures, prints."""
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__.splitlines()[0], measures_throughput=False)
     parser.add_argument("--rounds", type=at_least(2), default=20, metavar="N", help="pairs of updates (default 20)")
     arguments = parser.parse_args()
     config = config_from(arguments)

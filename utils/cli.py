@@ -65,12 +65,19 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def make_parser(description: str, data: str = "folder that holds train/ and val/") -> Parser:
+def make_parser(
+    description: str,
+    data: str = "folder that holds train/ and val/",
+    scores: bool = False,
+    measures_throughput: bool = True,
+) -> Parser:
     """The flags of the published command line and a few more; none has a default, so only what is given overrides.
 
     Args:
         description: What the program does.
         data: What --data-path names.
+        scores: Whether the program only scores, and is told which weights by two flags more.
+        measures_throughput: Whether it has --throughput.
     """
     parser = Parser(description)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="configuration, such as those in configs/")
@@ -79,8 +86,14 @@ def make_parser(description: str, data: str = "folder that holds train/ and val/
     )
     parser.add_argument("--data-path", metavar="DIR", help=data)
     parser.add_argument("--batch-size", type=int, metavar="N", help="images of one micro-batch on each rank")
-    parser.add_argument("--pretrained", metavar="FILE", help="weights to start from or to score")
-    parser.add_argument("--resume", metavar="FILE", help="checkpoint to go on from")
+    if scores:
+        parser.add_argument("--pretrained", metavar="FILE", help="weights to score")
+        parser.add_argument("--resume", metavar="FILE", help="checkpoint to score, the same as --pretrained")
+        parser.add_argument("--ema", action="store_true", help="score the checkpoint's moving average")
+        parser.add_argument("--random-weights", action="store_true", help="score a network that knows nothing")
+    else:
+        parser.add_argument("--pretrained", metavar="FILE", help="weights to start from, or to score with --eval")
+        parser.add_argument("--resume", metavar="FILE", help="checkpoint to go on from, or to score with --eval")
     parser.add_argument(
         "--allow-changes", action="store_true", default=None, help="go on with a run under other settings"
     )
@@ -96,19 +109,14 @@ def make_parser(description: str, data: str = "folder that holds train/ and val/
     parser.add_argument("--tag", metavar="T", help="name of the run")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of all randomness")
     parser.add_argument("--eval", action="store_true", default=None, help="score the weights and stop")
-    parser.add_argument("--throughput", action="store_true", default=None, help="measure images/s and stop")
+    if measures_throughput:
+        parser.add_argument("--throughput", action="store_true", default=None, help="measure images/s and stop")
     parser.add_argument("--model-type", metavar="T", help="groupmixformer")
     parser.add_argument("--model-file", metavar="F", help=_MODEL_FILE)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # old launchers pass it
     parser.add_argument("--zip", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--cache-mode", choices=["no", "full", "part"], help=argparse.SUPPRESS)
     return parser
-
-
-def add_weights_flags(parser: Parser) -> None:
-    """The flags of a program that scores, which say what of the named weights is to be scored."""
-    parser.add_argument("--ema", action="store_true", help="score the checkpoint's moving average")
-    parser.add_argument("--random-weights", action="store_true", help="score a network that knows nothing")
 
 
 def config_from(
@@ -123,7 +131,7 @@ def config_from(
         arguments: What `make_parser` parsed.
         defaults: Gives all keys of the task.
         check: Refuses values that cannot work.
-        scores: Whether the program scores, and has the flags of `add_weights_flags`.
+        scores: As `make_parser` was given.
 
     Raises:
         UserError: If the file, a key, a value or a flag is wrong.
@@ -139,7 +147,7 @@ def config_from(
         config.MODEL.RESUME = config.MODEL.PRETRAINED = ""
     merge_options(config, arguments.opts or [])
     for flag, name in _KEYS.items():
-        value = getattr(arguments, flag)
+        value = getattr(arguments, flag, None)  # not all programs have all flags
         if value is not None:
             merge_value(config, name, value, f"--{flag.replace('_', '-')}")
     try:

@@ -1,6 +1,7 @@
 """Images per second of a network's forward pass."""
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,6 +11,24 @@ from utils.precision import Precision, memory_format
 
 _WARMUP = 3  # batches before the clock starts
 _SECONDS = 10.0  # that a measurement lasts at least
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Images per second, and under which conditions."""
+
+    images_per_s: float
+    batch_size: int
+    image_size: int
+    precision: str
+    device: str
+    cpu_threads: int
+
+    def __str__(self) -> str:
+        return (
+            f"throughput {self.images_per_s:.1f} images/s (batch {self.batch_size}, {self.image_size} x "
+            f"{self.image_size}, {self.precision}, {self.device}, {self.cpu_threads} CPU threads)"
+        )
 
 
 @torch.inference_mode()
@@ -41,14 +60,11 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def throughput_line(model: nn.Module, config: CfgNode, device: torch.device, precision: Precision) -> str:
-    """Measures a network at the configured batch and image size, and says under which conditions."""
+def measure(model: nn.Module, config: CfgNode, device: torch.device, precision: Precision) -> Throughput:
+    """Measures a network at the configured batch and image size."""
     layout = memory_format(config)
     size, batch = config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE
     images = torch.randn(batch, config.MODEL.GMA.IN_DIM, size, size, device=device).to(memory_format=layout)
     speed = throughput(model.to(device, memory_format=layout), images, precision)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return (
-        f"throughput {speed:.1f} images/s (batch {batch}, {size} x {size}, {precision.name}, {name}, "
-        f"{torch.get_num_threads()} CPU threads)"
-    )
+    return Throughput(speed, batch, size, precision.name, name, torch.get_num_threads())
