@@ -8,10 +8,8 @@ import yaml
 from helpers_unit import configured, equal
 
 from data.names import class_labels
-from detection import config as detection
 from models.build import build_model
 from models.published import to_published
-from segmentation import config as segmentation
 from utils import checkpoint
 from utils.cli import Parser
 from utils.errors import UserError
@@ -114,13 +112,6 @@ def test_keys_that_are_newer_than_the_checkpoint_have_their_defaults(load, state
 def test_keys_that_are_gone_are_named(load, state):
     with pytest.raises(UserError, match=r"the configuration in .*c\.pth: unknown key MODEL\.GAM"):
         load({**state, "config": "MODEL: {GAM: 1}"})
-
-
-@pytest.mark.parametrize("task", [segmentation, detection], ids=["segmentation", "detection"])
-def test_checkpoint_of_another_task_is_named_by_its_task(load, state, task):
-    name = task.__name__.split(".")[0]
-    with pytest.raises(UserError, match=rf"c\.pth is a {name} checkpoint, no classifier's: use {name}/test\.py"):
-        load({**state, "config": task.default_config().dump()})
 
 
 def test_values_that_cannot_work_are_named_with_their_file(load, state, cfg):

@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.target.exists():
         raise UserError(f"{arguments.target} exists: remove it, or choose another name")
-    state = checkpoint.load(arguments.source)
+    state = checkpoint.load_of(arguments.source, "classification")
     if arguments.ema and not state.get("ema"):
         raise UserError(f"{arguments.source} holds no moving average: leave --ema out")
     weights = convert(state["ema" if arguments.ema else "model"], arguments.to, str(arguments.source))

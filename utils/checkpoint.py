@@ -13,9 +13,11 @@ from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
+import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
+from utils.config import check_task
 from utils.errors import UserError, listing, reason
 
 _log = logging.getLogger(__name__)
@@ -215,6 +217,32 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         del state["classes"]
     return state
+
+
+def load_of(path: str | Path, wanted: str, *others: str) -> dict[str, Any]:
+    """Reads a checkpoint of a task, as `load` does; of what tells of no task nothing is asked.
+
+    Args:
+        path: Its file.
+        wanted: The task that the program is of.
+        others: Tasks that will do, too.
+
+    Raises:
+        UserError: If it cannot be read, or its configuration is of another task.
+    """
+    state = load(path)
+    check_task(saved_values(state), f"{path} is", wanted, *others)
+    return state
+
+
+def saved_values(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested keys of a checkpoint's configuration; none where it holds no configuration that can be read."""
+    saved = state.get("config")
+    try:
+        values = yaml.safe_load(saved) if isinstance(saved, str) else None
+    except (yaml.YAMLError, ValueError):  # others may call anything a configuration
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -214,6 +214,14 @@ _FIXED = {
     "TRAIN.START_EPOCH": (0, "a resumed run knows its epoch: use --resume"),
 }
 
+# Keys of MODEL that one task has and no other.
+_TASKS = {
+    "LABEL_SMOOTHING": "classification",
+    "DECODER": "segmentation",
+    "DETECTOR": "detection",
+    "FREEZE_STATISTICS": "detection",
+}
+
 _KINDS = {"TRAIN.LR_SCHEDULER.MILESTONES": int}  # of what is in lists that are empty by default
 _OPTIONAL = {"MODEL.GMA.QKV_SCALE": float, "AUG.CUTMIX_MINMAX": list}  # may be None, else of this type
 
@@ -287,8 +295,10 @@ def merge(config: CfgNode, values: dict[str, Any], source: str, prefix: str = ""
         prefix: Dotted name of the part, with a dot at its end.
 
     Raises:
-        UserError: If a key is unknown or a value of the wrong type.
+        UserError: If a key is unknown, which those of another task are, or a value of the wrong type.
     """
+    if not prefix:
+        check_task(values, f"{source} has keys", task_of(config))
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in config:
@@ -301,6 +311,32 @@ def merge(config: CfgNode, values: dict[str, Any], source: str, prefix: str = ""
             merge(config[key], value, source, f"{name}.")
         else:
             config[key] = _coerce(value, config[key], name, source)
+
+
+def task_of(values: Mapping[str, Any]) -> str:
+    """The task that nested keys are of, where one of MODEL tells; else an empty text."""
+    of_model = values.get("MODEL")
+    return next((task for key, task in _TASKS.items() if isinstance(of_model, Mapping) and key in of_model), "")
+
+
+def check_task(values: Mapping[str, Any], subject: str, wanted: str, *others: str) -> None:
+    """Refuses what is of another task.
+
+    Args:
+        values: Its nested keys.
+        subject: How the error begins: what it is, and a verb.
+        wanted: The task that the program is of.
+        others: Tasks that will do, too.
+
+    Raises:
+        UserError: Naming the programs that take it.
+    """
+    task = task_of(values)
+    if task not in ("", wanted, *others):
+        folder = "" if task == "classification" else f"{task}/"
+        raise UserError(
+            f"{subject} of {task} and not of {wanted}: use {folder}train.py or {folder}test.py, or name another"
+        )
 
 
 def merge_options(config: CfgNode, options: list[str]) -> None:

@@ -111,13 +111,13 @@ def build_teacher(
 
 
 def check_teacher(config: CfgNode, classes: list[str] | None) -> None:
-    """Refuses a teacher whose checkpoint tells other classes than the data's.
+    """Refuses a teacher whose checkpoint is of another task, or tells other classes than the data's.
 
     Raises:
         UserError: If it does.
     """
     path = Path(config.DISTILL.TEACHER)
-    known = checkpoint.load(path).get("classes") if path.is_file() else None
+    known = checkpoint.load_of(path, "classification").get("classes") if path.is_file() else None
     if known and classes and known != classes:
         raise UserError(f"DISTILL.TEACHER {path} knows other classes than the data has: choose one trained on these")
 

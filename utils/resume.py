@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 
 from models.build import load_weights
 from utils import checkpoint
-from utils.config import accumulation_steps, differences
+from utils.config import accumulation_steps, check_task, differences, task_of
 from utils.dist import World, gather_objects, together
 from utils.engine import Training
 from utils.errors import UserError, listing
@@ -126,6 +126,7 @@ def _check_same_run(config: CfgNode, found: Found, world: World) -> None:
 
 
 def _changes(config: CfgNode, state: dict[str, Any]) -> dict[str, str]:
+    check_task(checkpoint.saved_values(state), "the checkpoint to go on from is", task_of(config))
     free = set(_FREE_KEYS)
     if config.TRAIN.ELASTIC:
         free |= _KEYS_OF_THE_BATCH
@@ -231,11 +232,11 @@ def start_from_pretrained(
         load: (network, weights, where they are from) -> a sentence for each thing that was not loaded as it is.
 
     Raises:
-        UserError: If they are of another network.
+        UserError: If they are of another network or task.
     """
     if not (path := config.MODEL.PRETRAINED):
         return
-    state = checkpoint.load(path)
+    state = checkpoint.load_of(path, task_of(config), "classification")  # which any backbone may start from
     name = "ema" if state.get("ema") and chosen_by_ema(state) else "model"
     _log.info("starting from %s of %s", "the moving average" if name == "ema" else "the weights", path)
     sentences = load(network, state[name], path)

@@ -14,7 +14,7 @@ from data.build import EvalData, build_eval_data
 from models.build import build_model, load_weights
 from models.fuse import fuse
 from utils import checkpoint
-from utils.config import KEYS_OF_ANSWERS, differences
+from utils.config import KEYS_OF_ANSWERS, differences, task_of
 from utils.dist import World, together
 from utils.engine import evaluate
 from utils.errors import UserError, listing
@@ -116,14 +116,14 @@ def read_weights(config: CfgNode, random_weights: bool) -> tuple[str | None, dic
     Fresh weights are made next, and follow SEED as those do that training starts from.
 
     Raises:
-        UserError: If the configuration names no file, or two, or the file cannot be read.
+        UserError: If the configuration names no file, or two, or the file cannot be read or is of another task.
     """
     if random_weights:
         seed_everything(number_for(config.SEED, "weights"))
         return None, {}
     source = weights_file(config)
     _log.info("scoring %s", source)
-    state = checkpoint.load(source)
+    state = checkpoint.load_of(source, task_of(config))
     is_ours = "checksum" in state  # others' checkpoints may call anything a configuration
     changes = differences(config, state["config"]) if is_ours and state.get("config") else {}
     if told := [change for key, change in changes.items() if key in KEYS_OF_ANSWERS]:

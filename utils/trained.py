@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode
 
 from data.names import class_labels
@@ -72,7 +71,7 @@ def load_trained(source: Path, cfg: Path | None = None, weights: str = "auto") -
         UserError: If the checkpoint cannot be read, holds no configuration or weights as are asked for, or does not
             fit the configuration.
     """
-    state = checkpoint.load(source)
+    state = checkpoint.load_of(source, "classification")
     config = saved_config(state, source) if cfg is None else load_config(cfg)
     try:
         check_to_score(config)
@@ -123,18 +122,11 @@ def saved_config(state: Mapping[str, Any], source: Path) -> CfgNode:
     Raises:
         UserError: If it holds none that this code knows, or one of another task.
     """
-    saved, place = state.get("config"), f"the configuration in {source}"
-    if not isinstance(saved, str):
+    if not isinstance(state.get("config"), str):
         raise UserError(f"{source} holds no configuration: name the one it was trained with by --cfg")
-    try:
-        values = yaml.safe_load(saved)
-    except yaml.YAMLError:
-        values = None
-    if not isinstance(values, dict):
+    place, values = f"the configuration in {source}", checkpoint.saved_values(state)
+    if not values:
         raise UserError(f"{place} cannot be read: name the one it was trained with by --cfg")
-    for part, task in (("DECODER", "segmentation"), ("DETECTOR", "detection")):
-        if isinstance(values.get("MODEL"), dict) and part in values["MODEL"]:
-            raise UserError(f"{source} is a {task} checkpoint, no classifier's: use {task}/test.py, or name another")
     config = default_config()
     merge(config, values, place)
     return config
