@@ -3,6 +3,7 @@
 They end in 8-bit pixels; `data/finish.py` does the rest to whole batches.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from yacs.config import CfgNode
 
 from data.decoding import as_mode
 from data.fast import FastCut, FastResize
-from utils.errors import UserError
+from utils.errors import UserError, listing
 
 _EVAL_CROP = 224 / 256  # the short side is resized to 256 for a crop of 224, and in proportion for other sizes
 
@@ -52,12 +53,14 @@ def train_transform(config: CfgNode) -> Transform:
     Raises:
         UserError: If timm does not know the automatic augmentation.
     """
-    mode = image_mode(config)
+    mode, name = image_mode(config), config.AUG.AUTO_AUGMENT
     try:
+        if ignored := [part for part in name.split("-")[1:] if not re.search(r"\d", part) and not part.startswith("t")]:
+            raise ValueError(listing(ignored))  # which timm passes over
         transform = create_transform(**train_settings(config), normalize=False)
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(
-            f"AUG.AUTO_AUGMENT is {config.AUG.AUTO_AUGMENT!r}, which timm does not know ({error!r}): "
+            f"AUG.AUTO_AUGMENT is {name!r}, which timm does not know ({error!r}): "
             "write it as rand-m9-mstd0.5-inc1, augmix-m3-w3, original, or none"
         ) from None
     if config.DATA.LOADING == "exact":

@@ -77,7 +77,7 @@ def test_a_checkpoint_of_another_task_is_neither_scored_nor_gone_on_with(save, t
     assert str(caught.value) == f"{save(other)} is {said(task, other)}"
     with pytest.raises(UserError) as caught:
         find_state(config, tmp_path / "run", ALONE)
-    assert str(caught.value) == f"the checkpoint to go on from is {said(task, other)}"
+    assert str(caught.value) == f"{save(other)} is {said(task, other)}"
 
 
 @pytest.mark.parametrize(("task", "other"), OTHERS)

@@ -175,7 +175,10 @@ def test_automatic_augmentation_survives_its_strongest_draws(name, make, monkeyp
         assert applied(transform, image, seed).shape == (config.MODEL.GMA.IN_DIM, 32, 32)
 
 
-@pytest.mark.parametrize("name", ["rnad-m9", "rand-x9", "augmix-q3", "originally", "rand_m9", "AugMix"])
+@pytest.mark.parametrize(
+    "name",
+    ["rnad-m9", "rand-x9", "augmix-q3", "originally", "rand_m9", "AugMix", "rand-mX", "rand-m9-inc", "original-mstdx"],
+)
 def test_an_unknown_automatic_augmentation_is_refused_by_its_key(name):
     with pytest.raises(UserError, match=r"AUG\.AUTO_AUGMENT") as caught:
         train_transform(configured(AUG__AUTO_AUGMENT=name))

@@ -103,6 +103,7 @@ def _lies_in(folder: Path, path: Path) -> bool:
 
 def _check_same_run(config: CfgNode, found: Found, world: World) -> None:
     """Refuses a checkpoint that this run cannot go on with as it is."""
+    check_task(checkpoint.saved_values(found.state), f"{found.path} is", task_of(config))
     progress = found.state.get("progress")
     if not isinstance(progress, dict) or "images_per_update" not in progress:
         raise UserError(f"{found.path} holds weights but no run to go on with: start from it with --pretrained")
@@ -126,7 +127,6 @@ def _check_same_run(config: CfgNode, found: Found, world: World) -> None:
 
 
 def _changes(config: CfgNode, state: dict[str, Any]) -> dict[str, str]:
-    check_task(checkpoint.saved_values(state), "the checkpoint to go on from is", task_of(config))
     free = set(_FREE_KEYS)
     if config.TRAIN.ELASTIC:
         free |= _KEYS_OF_THE_BATCH
