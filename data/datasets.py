@@ -15,9 +15,10 @@ from PIL import Image
 from timm.data import IterableImageDataset, create_dataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from yacs.config import CfgNode
 
+from data.files import folders_in, walk
 from data.samplers import SampleKey
 from data.tar import TarSource
 from data.transforms import Transform
@@ -60,37 +61,43 @@ class FolderSource:
         allow_empty: Whether classes may have no images.
 
     Raises:
-        UserError: If the folder is missing or holds no classes, or a class no images.
+        UserError: If the folder is missing or holds no classes, a class no images, or one of them cannot be read.
     """
 
     def __init__(self, root: Path, allow_empty: bool = False) -> None:
         if not root.is_dir():
             raise UserError(f"{root} is no folder: put images in {root}/<class>/, or name another --data-path")
-        try:
-            self._folder = ImageFolder(str(root), allow_empty=True)
-        except FileNotFoundError as error:
-            raise UserError(f"{root}: {str(error).splitlines()[0].rstrip('.')}: add images or remove it") from None
-        self.classes: list[str] | None = self._folder.classes
-        full = {target for _, target in self._folder.samples}
-        empty = [name for number, name in enumerate(self._folder.classes) if number not in full]
+        self.classes = folders_in(root)
+        if not self.classes:
+            raise UserError(f"{root} has no class folders: put images in {root}/<class>/, or name another --data-path")
+        # Not by torchvision's ImageFolder, which passes over folders that it cannot read.
+        self._samples = [
+            (f"{folder}/{file}", number)
+            for number, name in enumerate(self.classes)
+            for folder, files in sorted(walk(root / name))
+            for file in sorted(files)
+            if file.lower().endswith(IMG_EXTENSIONS)
+        ]
+        full = {number for _, number in self._samples}
+        empty = [name for number, name in enumerate(self.classes) if number not in full]
         if empty and not allow_empty:
             raise UserError(f"{root} has classes without images ({listing(empty)}): add images or remove the folders")
 
     def __len__(self) -> int:
-        return len(self._folder.samples)
+        return len(self._samples)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Opens a file."""
-        path, target = self._folder.samples[index]
+        path, target = self._samples[index]
         return Image.open(path), target
 
     def name(self, index: int) -> str:
         """The file's path."""
-        return self._folder.samples[index][0]
+        return self._samples[index][0]
 
     def class_of(self, index: int) -> str | None:
         """The name of its class's folder."""
-        return self._folder.classes[self._folder.samples[index][1]]
+        return self.classes[self._samples[index][1]]
 
 
 class TimmSource:

@@ -1,4 +1,4 @@
-"""Image files by their paths, without classes."""
+"""Files and folders below a place, and images by their paths, without classes."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import NoReturn, TypeVar
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils.errors import UserError, reason
+from utils.errors import UserError
 
 Item = TypeVar("Item")
 
@@ -43,10 +43,9 @@ def find_images(places: Sequence[Path]) -> list[Path]:
                 continue
             if not place.exists():
                 raise UserError(f"{place} does not exist: name images, or folders that hold some")
-            inside = sorted(_files_below(place))
         except OSError as error:
-            raise UserError(f"{place} cannot be read ({reason(error)}): mend it or leave it out") from None
-        images = [path for path in inside if path.suffix.lower() in suffixes]
+            _refuse(error)
+        images = [path for path in sorted(files_below(place)) if path.suffix.lower() in suffixes]
         if not images:
             raise UserError(f"{place} holds no images: name images, or folders that hold some")
         found += images
@@ -59,16 +58,38 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
     return [items[number * len(items) // count] for number in range(count)]
 
 
-def _files_below(root: Path) -> Iterator[Path]:
+def folders_in(root: Path) -> list[str]:
+    """The names of the folders in a folder, sorted.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    except OSError as error:
+        _refuse(error)
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """The files in a folder and in all folders below it, as `walk` finds them."""
+    return (Path(folder, name) for folder, names in walk(root) for name in names)
+
+
+def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """A folder and all folders below it, also by way of links, each with the names of its files.
+
+    Raises:
+        UserError: If one of the folders cannot be read.
+    """
     for folder, folders, names in os.walk(root, onerror=_refuse, followlinks=True):
         above = {Path(folder).resolve(), *Path(folder).resolve().parents}
         # A link to a folder that it is in would be followed again and again.
         folders[:] = [name for name in folders if Path(folder, name).resolve() not in above]
-        yield from (Path(folder, name) for name in names)
+        yield folder, names
 
 
 def _refuse(error: OSError) -> NoReturn:
-    raise error
+    raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend it or leave it out") from None
 
 
 class FileSource:

@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 from data.build import EvalData, TrainData, check_steps, loader_settings
 from data.datasets import ImageSamples, count_classes, repeated
 from data.decoding import as_mode
+from data.files import files_below
 from data.finish import Normalize
 from data.samplers import EndlessBatchSampler, EvalSampler, TrainBatchSampler
 from data.transforms import Transform, image_mode
@@ -62,7 +63,7 @@ class PairSource:
                 raise UserError(
                     f"{folder} is no folder: --data-path must hold images/{split}/ and annotations/{split}/"
                 )
-        found = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        found = sorted(path for path in files_below(images) if path.suffix.lower() in IMG_EXTENSIONS)
         if not found:
             raise UserError(f"{images} has no images: put some there, or name another --data-path")
         self._images = images

@@ -1,6 +1,7 @@
 """Small configurations, networks, image folders and trainings that several unit tests share."""
 
 import copy
+import errno
 import json
 import os
 import signal
@@ -51,6 +52,18 @@ def configured(**values: Any) -> CfgNode:
     for key, value in values.items():
         set_key(config, key.replace("__", "."), value)
     return config
+
+
+def refuse_to_list(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Lets listing a folder fail: tests may run as a user whom no permission stops."""
+    original = os.scandir
+
+    def guarded(place: Any) -> Any:
+        if str(place) == str(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return original(place)
+
+    monkeypatch.setattr(os, "scandir", guarded)
 
 
 def set_key(config: CfgNode, name: str, value: Any) -> None:

@@ -1,5 +1,6 @@
 """The shared command line: what it overrides, what it refuses, and how a program ends."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -347,6 +348,14 @@ def test_a_name_too_long_for_a_file_is_told_in_one_line(tmp_path, capsys):
     long = tmp_path / ("a" * 300) / "best.pth"
     told = f"error: {long} has a name that is too long for a file: shorten it\n"
     assert ending(long.open, capsys) == (2, ("", told))
+
+
+def test_a_place_without_permission_is_told_in_one_line(capsys):
+    def main():
+        raise PermissionError(errno.EACCES, "Permission denied", "D/val")
+
+    told = "error: D/val: Permission denied: mend its permissions or name another\n"
+    assert ending(main, capsys) == (2, ("", told))
 
 
 def test_a_report_that_cannot_be_written_is_refused(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from helpers_unit import (
     noise,
     only_decoded,
     plain,
+    refuse_to_list,
     write_folder,
     write_tar,
 )
@@ -33,6 +34,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import IterableImageDataset
 from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 
 from data.datasets import (
     FolderSource,
@@ -82,6 +84,15 @@ def test_images_in_subfolders_belong_to_the_class_above(tmp_path):
     assert [source.read(index)[1] for index in range(len(source))] == [0, 1, 1]
 
 
+def test_images_come_in_torchvisions_order(tmp_path):
+    write_folder(tmp_path, {"b": 2, "B": 1, "a b/more": 2, "a": 1, "a/z": 1, "a-/y": 1, "a/Z": 1})
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "A.JPEG").touch()
+    source, theirs = FolderSource(tmp_path), ImageFolder(str(tmp_path))
+    found = [(source.name(index), source.classes.index(source.class_of(index))) for index in range(len(source))]
+    assert (source.classes, found) == (theirs.classes, theirs.samples)
+
+
 def test_other_files_are_no_images(tmp_path):
     write_folder(tmp_path, {"a": 1})
     (tmp_path / "a" / "notes.txt").write_text("text")
@@ -105,6 +116,14 @@ def test_a_class_without_images_is_named(tmp_path):
     with pytest.raises(UserError, match="hollow") as caught:
         FolderSource(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["", "a", "a/more"])
+def test_a_folder_that_cannot_be_read_is_named_and_not_passed_over(tmp_path, monkeypatch, place):
+    write_folder(tmp_path, {"a": 1, "a/more": 1, "b": 1})
+    refuse_to_list(monkeypatch, tmp_path / place)
+    with pytest.raises(UserError, match=f"^{tmp_path / place} cannot be read \\(Permission denied\\): mend it"):
+        FolderSource(tmp_path)
 
 
 # Samples

@@ -87,7 +87,7 @@ def samples_of_folder(folder):
     source = FolderSource(folder)
     paths = [Path(source.name(index)) for index in range(len(source))]
     return [
-        (path.read_bytes(), source.class_of(index), source._folder.samples[index][1])
+        (path.read_bytes(), source.class_of(index), source.classes.index(source.class_of(index)))
         for index, path in enumerate(paths)
     ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_unit import CPU, configured, noise, write_folder
+from helpers_unit import CPU, configured, noise, refuse_to_list, write_folder
 from PIL import Image
 
 from data.files import find_images, image_suffixes, spread
@@ -360,9 +360,7 @@ def test_missing_checkpoint_and_a_gpu_that_is_not_there_are_refused(refused, fol
 
 
 def test_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
-    def scandir(_folder):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(UserError, match="cannot be read"):
+    (tmp_path / "below").mkdir()
+    refuse_to_list(monkeypatch, tmp_path / "below")
+    with pytest.raises(UserError, match=rf"{tmp_path}/below cannot be read \(Permission denied\)"):
         find_images([tmp_path])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_unit import ALONE, CPU, ROOT, configured, noise
+from helpers_unit import ALONE, CPU, ROOT, configured, noise, refuse_to_list
 from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
@@ -244,6 +244,14 @@ def real(tmp_path):
         answer(tmp_path / f"part{number % 3}" / f"ILSVRC2012_val_{number:08d}{suffix}.JPEG", first, second)
     (tmp_path / "notes.txt").write_text("no image")
     return tmp_path
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_not_passed_over(real, monkeypatch):
+    refuse_to_list(monkeypatch, real / "part1")
+    with pytest.raises(UserError, match="part1 cannot be read"):
+        RealSource(real)
+    with pytest.raises(UserError, match="part1 cannot be read"):
+        folder_synsets(real / "part1", [])
 
 
 def test_real_counts_any_of_an_images_labels_as_timm_does(real):

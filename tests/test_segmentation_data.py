@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_segmentation import CLASSES, pair, tiny, write_pairs, write_tree
-from helpers_unit import ALONE, examples
+from helpers_unit import ALONE, examples, refuse_to_list
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -138,6 +138,14 @@ def test_folders_that_are_no_data_set_are_refused(tree, damage, said):
     damage(tree)
     with pytest.raises(UserError, match=said):
         build_train_data(tiny(DATA__DATA_PATH=str(tree)), ALONE)
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_not_passed_over(tmp_path, monkeypatch):
+    write_pairs(tmp_path, "training/b", [(8, 8)], seed=0)
+    write_pairs(tmp_path, "training/a", [(9, 8)], seed=1)
+    refuse_to_list(monkeypatch, tmp_path / "images/training/b")
+    with pytest.raises(UserError, match="images/training/b cannot be read"):
+        PairSource(tmp_path, "training")
 
 
 def test_class_names_come_from_a_list_or_from_ade20ks_table(tmp_path):

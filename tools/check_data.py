@@ -35,6 +35,7 @@ from tqdm import tqdm  # noqa: E402
 from data.build import available_cores  # noqa: E402
 from data.datasets import FolderSource, Source, open_split  # noqa: E402
 from data.decoding import as_mode  # noqa: E402
+from data.files import files_below  # noqa: E402
 from data.tar import INDEX, tar_files  # noqa: E402
 from utils.checkpoint import write_text  # noqa: E402
 from utils.cli import Parser, at_least, check_report, run  # noqa: E402
@@ -150,17 +151,13 @@ def open_source(dataset: str, root: Path, split: str) -> Source:
 
 def count_not_read(dataset: str, root: Path, split: str, source: Source) -> dict[str, int]:
     """Counts files that are no images by their suffix, or lie outside the class folders, by their suffix."""
-    files = _tar_members(tar_files(root, split)) if dataset == "tar" else _files_below(root / split)
+    files = _tar_members(tar_files(root, split)) if dataset == "tar" else map(str, files_below(root / split))
     counts = Counter(map(_suffix, files)) - Counter(_suffix(source.name(index)) for index in range(len(source)))
     return dict(sorted(counts.items()))
 
 
 def _suffix(name: str) -> str:
     return PurePath(name).suffix.lower() or "(none)"
-
-
-def _files_below(folder: Path) -> Iterator[str]:
-    return (name for _, _, names in os.walk(folder, followlinks=True) for name in names)
 
 
 def _tar_members(paths: list[Path]) -> Iterator[str]:

@@ -230,9 +230,11 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        _fail(f"{error.filename} has a name that is too long for a file: shorten it", of_all_ranks=True)
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(f"{error.filename} has a name that is too long for a file: shorten it", of_all_ranks=True)
+        if error.errno == errno.EACCES and error.filename:
+            _fail(f"{error.filename}: {error.strerror}: mend its permissions or name another", of_all_ranks=False)
+        raise
     except Stopped as stopped:
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:

@@ -4,7 +4,6 @@ A class's *number* is its place among ImageNet-1K's 1000 synsets in the order of
 """
 
 import json
-import os
 import re
 from collections import Counter
 from importlib.resources import files
@@ -14,6 +13,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from data.files import files_below, folders_in
 from tools.imagenet_sets.corruption_error import ALEXNET_ERRORS, SEVERITIES
 from utils.errors import UserError, listing
 
@@ -91,7 +91,7 @@ def folder_synsets(root: Path, wanted: list[str]) -> list[str]:
     """
     if not root.is_dir():
         raise UserError(f"{root} is no folder: name one that holds {len(wanted)} class folders")
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    folders = folders_in(root)
     by_number = dict(enumerate(imagenet_synsets())) if len(wanted) == len(imagenet_synsets()) else {}
     found = [by_number.get(int(folder), folder) if folder.isdecimal() else folder for folder in folders]
     missing, extra = Counter(wanted) - Counter(found), Counter(found) - Counter(wanted)
@@ -154,8 +154,7 @@ class RealSource:
 def _validation_images(root: Path, most: int) -> dict[int, Path]:
     """The files by the number in their names, from 1."""
     paths: dict[int, Path] = {}
-    files_below = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    for path in sorted(path for path in files_below if path.suffix.lower() in IMG_EXTENSIONS):
+    for path in sorted(path for path in files_below(root) if path.suffix.lower() in IMG_EXTENSIONS):
         matched = _VALIDATION_IMAGE.fullmatch(path.name)
         number = int(matched[1]) if matched else 0
         if not 1 <= number <= most:
