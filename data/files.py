@@ -1,8 +1,9 @@
 """Files and folders below a place, and images by their paths, without classes."""
 
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePath
 from typing import NoReturn, TypeVar
 
 from PIL import Image
@@ -86,6 +87,11 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
         # A link to a folder that it is in would be followed again and again.
         folders[:] = [name for name in folders if Path(folder, name).resolve() not in above]
         yield folder, names
+
+
+def endings(names: Iterable[str]) -> Counter[str]:
+    """How many names have each ending, in lower case; '(none)' stands for none."""
+    return Counter(PurePath(name).suffix.lower() or "(none)" for name in names)
 
 
 def _refuse(error: OSError) -> NoReturn:

@@ -168,6 +168,14 @@ def test_equal_files_stay_on_one_side_whatever_their_classes(call, folder, tmp_p
     assert "1 image(s) equal others bit for bit" in result.stdout
 
 
+def test_files_that_are_no_images_are_told_of(call, folder, tmp_path):
+    words = ("--output", tmp_path / "O", "--val-share", 0.5)
+    told = call(PROGRAM, "--data-path", folder, *words).stdout
+    assert "1 file(s) left out, no images by their endings or in no class folder: .txt 1\n" in told
+    result = call(PROGRAM, "--data-path", tmp_path / "O" / "train", "--output", tmp_path / "P", "--val-share", 0.5)
+    assert result.code == 0 and "left out" not in result.stdout
+
+
 def test_images_of_one_name_stay_together(call, folder, tmp_path):
     call(PROGRAM, "--data-path", folder, "--output", tmp_path / "O", "--folds", 2, "--group-by", r"/p(\d)_")
     sides = {}
@@ -213,6 +221,7 @@ def refused(call, tmp_path, *words):
     [
         (("--folds", 10), "classes with fewer than 10 images or groups of images (dog): split into fewer folds"),
         (("--folds", 6, "--group-by", r"/(p\d)_"), "fewer than 6 images or groups of images (cat, dog)"),
+        (("--val-share", 0.5, "--group-by", "(.)"), "with fewer than 2 images or groups of images (cat, dog): add"),
         (("--folds", 3, "--group-by", r"p0_(\d+)"), "--group-by finds nothing in 17 name(s) (cat/p1_1.png"),
         (("--folds", 3, "--group-by", "("), "--group-by (: "),
         (("--folds", 1), "--folds: 1: give a whole number, at least 2"),
@@ -249,6 +258,11 @@ def test_a_folder_without_classes_and_a_dangling_link_are_refused(call, folder, 
     (tmp_path / "D" / "a" / "x.png").symlink_to(tmp_path / "gone.png")
     told = refused(call, tmp_path, "--data-path", tmp_path / "D", "--folds", 2)
     assert told.startswith("1 file(s) cannot be read (") and "x.png" in told
+
+
+def test_a_folder_that_is_split_already_is_refused(call, tree, tmp_path):
+    told = refused(call, tmp_path, "--data-path", tree, "--folds", 2)
+    assert f"{tree} is split already, into train/ and val/" in told and f"such as {tree / 'train'}" in told
 
 
 def test_nothing_is_left_where_writing_fails(call, folder, tmp_path, monkeypatch):

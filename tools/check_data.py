@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ from tqdm import tqdm  # noqa: E402
 from data.build import available_cores  # noqa: E402
 from data.datasets import FolderSource, Source, open_split  # noqa: E402
 from data.decoding import as_mode  # noqa: E402
-from data.files import files_below  # noqa: E402
+from data.files import endings, files_below  # noqa: E402
 from data.tar import INDEX, tar_files  # noqa: E402
 from utils.checkpoint import write_text  # noqa: E402
 from utils.cli import Parser, at_least, check_report, run  # noqa: E402
@@ -152,12 +152,8 @@ def open_source(dataset: str, root: Path, split: str) -> Source:
 def count_not_read(dataset: str, root: Path, split: str, source: Source) -> dict[str, int]:
     """Counts files that are no images by their suffix, or lie outside the class folders, by their suffix."""
     files = _tar_members(tar_files(root, split)) if dataset == "tar" else map(str, files_below(root / split))
-    counts = Counter(map(_suffix, files)) - Counter(_suffix(source.name(index)) for index in range(len(source)))
+    counts = endings(files) - endings(map(source.name, range(len(source))))
     return dict(sorted(counts.items()))
-
-
-def _suffix(name: str) -> str:
-    return PurePath(name).suffix.lower() or "(none)"
 
 
 def _tar_members(paths: list[Path]) -> Iterator[str]:

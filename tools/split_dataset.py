@@ -1,4 +1,4 @@
-"""Split one folder of images into training and validation images: once, or into folds for cross-validation.
+"""Split one folder of class folders into training and validation images: once, or into folds for cross-validation.
 
 Usage:
     python tools/split_dataset.py --data-path D --output O --val-share 0.2
@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from data.datasets import FolderSource  # noqa: E402
+from data.files import endings, files_below  # noqa: E402
 from tools.appearing import appearing_whole, check_free  # noqa: E402
 from tools.packing import ahead  # noqa: E402
 from tools.splitting import deal, join  # noqa: E402
@@ -159,6 +160,11 @@ def main() -> None:
     arguments = parse()
     root, output, folds = arguments.data_path, arguments.output, arguments.folds
     source = FolderSource(root)
+    if {"train", "val"} <= set(source.classes):
+        raise UserError(
+            f"{root} is split already, into train/ and val/: train on it as it is, or name the folder that holds the "
+            f"class folders, such as {root / 'train'}"
+        )
     paths = [source.name(index) for index in range(len(source))]
     names = [os.path.relpath(path, root) for path in paths]
     classes = [source.class_of(index) or "" for index in range(len(source))]
@@ -179,8 +185,11 @@ def main() -> None:
     print(in_words(classes, sides, list(places)))
     if duplicates:
         print(f"{duplicates:,} image(s) equal others bit for bit: each on the side of its equals")
+    if left_out := endings(map(str, files_below(root))) - endings(paths):
+        of_each = ", ".join(f"{ending} {count:,}" for ending, count in sorted(left_out.items()))
+        print(f"{left_out.total():,} file(s) left out, no images by their endings or in no class folder: {of_each}")
     first = shlex.quote(str(output / "fold0" if folds else output))
-    print(f"train on it with --data-path {first} --opts MODEL.GMA.NUM_CLASSES {len(source.classes or [])}")
+    print(f"train on it with --data-path {first} --opts MODEL.GMA.NUM_CLASSES {len(source.classes)}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def deal(
     if few:
         raise UserError(
             f"classes with fewer than {len(shares)} images or groups of images ({listing(few)}): "
-            "split into fewer folds, or add images"
+            f"{'split into fewer folds, or ' if len(shares) > 2 else ''}add images"
         )
 
     order = {
