@@ -60,6 +60,7 @@ def average(call, tmp_path):
     """Averages into soup.pth and loads it."""
 
     def run(*words):
+        (tmp_path / "soup.pth").unlink(missing_ok=True)
         result = call("tools/average_checkpoints.py", *words, "--output", tmp_path / "soup.pth")
         assert result.code == 0, result.stderr
         return torch.load(tmp_path / "soup.pth", weights_only=True), result
@@ -351,7 +352,7 @@ def test_same_weights_alone_are_refused(call, save, states, tmp_path):
         (["0.pth", "missing.pth"], "soup.pth", "missing.pth: no such file"),
         (["0.pth", "1.pth"], "missing/soup.pth", "folder that exists"),
         (["0.pth", "1.pth"], "soup.safetensors", "end the name in .pth"),
-        (["0.pth", "1.pth"], "1.pth", "is one of the checkpoints"),
+        (["0.pth", "1.pth"], "1.pth", "1.pth exists: name another, nothing is written over"),
         (["0.pth", "1.pth", "--greedy"], "soup.pth", "--data-path"),
         (["0.pth", "1.pth", "--data-path", "D"], "soup.pth", "--greedy"),
         (["0.pth", "1.pth", "--workers", "2"], "soup.pth", "--greedy"),

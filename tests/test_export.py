@@ -378,7 +378,7 @@ WRONG = {
     "bf16 for onnx": (("onnx", "a.onnx", "--precision", "bf16"), "use int8, or --form torch-export"),
     "bf16 for timm": (("timm", "a", "--precision", "bf16"), "leave --precision out"),
     "another ending": (("onnx", "a.pt2"), "end the name in .onnx"),
-    "no such folder": (("onnx", "none/a.onnx"), "no folder that can be written to"),
+    "no such folder": (("onnx", "none/a.onnx"), "in a folder that exists"),
     "no such data": (("onnx", "a.onnx", "--data-path", "nowhere"), "nowhere"),
     "a licence for no card": (("onnx", "a.onnx", "--license", "mit"), "--license is for timm's model card"),
     "no such form": (("tflite", "a.tflite"), "tflite"),

@@ -571,7 +571,7 @@ def test_space_is_asked_for_only_where_it_is_missing(call, root, monkeypatch):
 
     monkeypatch.setattr(tools.packing, "_content", fail)
     result = call(PROGRAM, "--data-path", root, "--output", root.parent / "P")
-    assert "cannot be written ([Errno 5] Input/output error): name another place" in result.errors[0]
+    assert "cannot be written ([Errno 5] Input/output error): choose another place" in result.errors[0]
 
 
 def test_a_folder_left_by_a_killed_program_is_named(call, root):

@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from models import GroupMixFormer
 from models.published import to_published
 from tools.prepare_digits import write_digits
+from utils import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = {"embed_dims": (40, 40, 40, 40), "depths": (1, 1, 1, 1), "num_classes": 3}
@@ -125,6 +126,27 @@ def test_conversion_takes_the_moving_average_when_asked_and_refuses_where_there_
     assert code == 2 and "no moving average" in err and not (tmp_path / "n.pth").exists()
 
 
+def test_conversion_says_that_a_run_was_chosen_by_its_moving_average(start, weights, tmp_path):
+    state = torch.load(weights)["model"]
+    checkpoint.save({"model": state, "ema": state, "best": {"of": "ema"}}, tmp_path / "run.pth")
+    _, plain, _ = start("tools/convert_checkpoint.py", tmp_path / "run.pth", tmp_path / "a.pth")
+    _, average, _ = start("tools/convert_checkpoint.py", tmp_path / "run.pth", tmp_path / "b.pth", "--ema")
+    told = f"the best epoch of {tmp_path / 'run.pth'} was chosen by its moving average, which --ema takes instead\n"
+    assert plain.endswith(f"a.pth: {len(state)} tensors under our names\n{told}")
+    assert average.endswith(f"b.pth: {len(state)} tensors under our names\n")
+
+
+def test_conversion_into_a_folder_that_is_not_there_is_refused(start, weights, tmp_path):
+    code, _, err = start("tools/convert_checkpoint.py", weights, tmp_path / "no" / "o.pth")
+    assert code == 2 and "no/o.pth: name a file in a folder that exists" in err
+
+
+def test_safetensors_may_be_read_by_whom_the_umask_lets(start, weights, tmp_path):
+    start("tools/convert_checkpoint.py", weights, tmp_path / "a.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_conversion_names_a_tensor_that_no_groupmixformer_has(start, weights, tmp_path):
     state = torch.load(weights)["model"]
     torch.save({"model": state | {"extra.weight": torch.zeros(1)}}, weights)
@@ -142,8 +164,14 @@ def test_conversion_writes_over_nothing(start, weights, tmp_path, name):
     (tmp_path / "other.safetensors").write_bytes(b"kept")
     before = (tmp_path / name).read_bytes()
     code, _, err = start("tools/convert_checkpoint.py", weights, tmp_path / name)
-    assert code == 2 and f"{tmp_path / name} exists: remove it, or choose another name" in err
+    assert code == 2 and f"{tmp_path / name} exists: name another, nothing is written over" in err
     assert (tmp_path / name).read_bytes() == before
+
+
+def test_digits_in_the_place_of_a_file_are_refused(start, tmp_path):
+    (tmp_path / "file").touch()
+    code, _, err = start("tools/prepare_digits.py", tmp_path / "file")
+    assert code == 2 and "Not a directory" in err and err.endswith(": choose another place\n")
 
 
 def test_digits_are_all_written_once_with_their_pixels_and_the_same_split_every_time(tmp_path):

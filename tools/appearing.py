@@ -1,12 +1,11 @@
 """Folders that appear whole or not at all."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from utils.beside import removing
-from utils.errors import UserError, reason
+from utils.errors import UserError, not_written
 from utils.signals import ending_in_order
 
 
@@ -42,5 +41,4 @@ def appearing_whole(output: Path) -> Iterator[Path]:
             yield part
             part.rename(output)
     except OSError as error:
-        hint = "free some space or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise UserError(f"{output} cannot be written ({reason(error)}): {hint}name another place") from None
+        raise not_written(output, error) from None

@@ -28,7 +28,7 @@ from data.build import build_eval_data  # noqa: E402
 from models.build import load_weights  # noqa: E402
 from tools.averaging import greedy, look, uniform  # noqa: E402
 from utils import checkpoint  # noqa: E402
-from utils.cli import Parser, at_least, check_report, run  # noqa: E402
+from utils.cli import Parser, at_least, check_new, run  # noqa: E402
 from utils.dist import World, choose_device  # noqa: E402
 from utils.engine import evaluate  # noqa: E402
 from utils.errors import UserError, listing  # noqa: E402
@@ -45,7 +45,9 @@ def parse() -> argparse.Namespace:
     """
     parser = Parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="FILE", help="two or more, of one network")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.pth", help="the checkpoint to write")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.pth", help="the checkpoint to write, a new one"
+    )
     parser.add_argument(
         "--weights",
         choices=["auto", "model", "ema"],
@@ -72,7 +74,7 @@ def parse() -> argparse.Namespace:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    paths, output = arguments.checkpoints, arguments.output
+    paths = arguments.checkpoints
     for flag in ("data_path", "batch_size", "workers", "device", "precision"):
         if getattr(arguments, flag) is not None and not arguments.greedy:
             raise UserError(f"--{flag.replace('_', '-')} is for scoring: add --greedy, or leave it out")
@@ -82,9 +84,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"{paths[0]} is one checkpoint: name two or more to average")
     if missing := [path for path in paths if not path.is_file()]:
         raise UserError(f"{listing(missing)}: no such file; name checkpoints")
-    check_report(output, "--output", ".pth")
-    if output.resolve() in [path.resolve() for path in paths]:
-        raise UserError(f"--output {output} is one of the checkpoints to average: name another")
+    check_new(arguments.output, "--output", ".pth")
 
 
 def build_scorer(arguments: argparse.Namespace, trained: Trained) -> Callable[[Mapping[str, Tensor]], Score]:

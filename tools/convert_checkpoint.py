@@ -19,8 +19,9 @@ from torch import Tensor
 
 from models.published import from_published, is_ours, is_published, to_published
 from utils import checkpoint
-from utils.cli import Parser, run
+from utils.cli import Parser, check_new, run
 from utils.errors import UserError, listing
+from utils.trained import chosen_by_ema
 
 
 def main() -> None:
@@ -31,14 +32,16 @@ def main() -> None:
     parser.add_argument("--to", choices=["ours", "published"], default="ours", help="names to write (default ours)")
     parser.add_argument("--ema", action="store_true", help="take the moving average instead of the weights")
     arguments = parser.parse_args()
-    if arguments.target.exists():
-        raise UserError(f"{arguments.target} exists: remove it, or choose another name")
+    check_new(arguments.target, "target")
     state = checkpoint.load_of(arguments.source, "classification")
     if arguments.ema and not state.get("ema"):
         raise UserError(f"{arguments.source} holds no moving average: leave --ema out")
     weights = convert(state["ema" if arguments.ema else "model"], arguments.to, str(arguments.source))
     write(weights, arguments.target)
-    print(f"{arguments.target}: {len(weights)} tensors under {arguments.to} names")
+    names = "our" if arguments.to == "ours" else "the published"
+    print(f"{arguments.target}: {len(weights)} tensors under {names} names")
+    if not arguments.ema and chosen_by_ema(state):
+        print(f"the best epoch of {arguments.source} was chosen by its moving average, which --ema takes instead")
 
 
 def convert(weights: Mapping[str, Tensor], names: str, source: str) -> dict[str, Tensor]:
@@ -64,7 +67,8 @@ def write(weights: dict[str, Tensor], path: Path) -> None:
     if path.suffix == ".pth":
         checkpoint.save({"model": weights}, path)
     elif path.suffix == ".safetensors":
-        checkpoint.write_beside(path, lambda beside: safetensors.torch.save_file(weights, beside))
+        # Not by save_file, whose files nobody else may read.
+        checkpoint.write_beside(path, lambda beside: beside.write_bytes(safetensors.torch.save(weights)))
     else:
         raise UserError(f"{path}: end the name in .pth or .safetensors")
 

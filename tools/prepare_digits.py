@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits  # noqa: E402
 from sklearn.model_selection import train_test_split  # noqa: E402
 
 from utils.cli import Parser, check_report, run  # noqa: E402
-from utils.errors import UserError, reason  # noqa: E402
+from utils.errors import UserError, not_written  # noqa: E402
 
 _VAL_IMAGES = 360
 _SPLIT_SEED = 0
@@ -60,7 +60,7 @@ def write_digits(root: Path) -> dict[str, int]:
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(images[number]).save(folder / f"{number:04d}.png")
     except OSError as error:
-        raise UserError(f"{root} cannot be written ({reason(error)}): free some space or name another place") from None
+        raise not_written(root, error) from None
     return {split: len(numbers) for split, numbers in splits.items()}
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from utils.config import check_task
-from utils.errors import UserError, listing, reason
+from utils.errors import UserError, listing, not_written, reason
 
 _log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
         beside.replace(path)
         _flush(path.parent)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise _not_written(path, error) from None
+        raise not_written(path, _disk_error(error) or error) from None
     finally:
         beside.unlink(missing_ok=True)  # also where Ctrl-C came
 
@@ -148,18 +148,13 @@ def write_text(path: Path, text: str) -> None:
         try:
             _write_utf8(path, text)
         except OSError as error:
-            raise _not_written(path, error) from None
+            raise not_written(path, error) from None
     else:
         write_beside(path, lambda beside: _write_utf8(beside, text))
 
 
 def _write_utf8(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names may be of any bytes
-
-
-def _not_written(path: Path, error: Exception) -> UserError:
-    why = reason(_disk_error(error) or error)
-    return UserError(f"{path} cannot be written ({why}): free some space or choose another place")
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:

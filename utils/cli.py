@@ -183,6 +183,17 @@ def check_report(path: Path | None, flag: str = "--json", ending: str = "") -> N
         raise UserError(f"{flag} {path}: end the name in {ending}")
 
 
+def check_new(path: Path, flag: str, ending: str = "") -> None:
+    """Refuses a place for a file as `check_report` does, and one where something is already.
+
+    Raises:
+        UserError: If it is.
+    """
+    if path.exists():
+        raise UserError(f"{flag} {path} exists: name another, nothing is written over")
+    check_report(path, flag, ending)
+
+
 def check_pictures(folder: Path | None, count: int) -> None:
     """Refuses a folder that pictures cannot be saved in, and a number of pictures that is none.
 

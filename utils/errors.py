@@ -1,5 +1,10 @@
 """The one kind of error that a user can mend."""
 
+import errno
+from pathlib import Path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class UserError(Exception):
     """Something outside the code is wrong. The message is one line: what, where, and what to do."""
@@ -43,6 +48,12 @@ def reason(error: BaseException) -> str:
     name = type(error).__name__
     first = (str(error).splitlines() or [name])[0]
     return f"{name} {first}" if isinstance(error, KeyError) else first  # whose text is the key alone
+
+
+def not_written(path: Path, error: Exception) -> UserError:
+    """What to raise where a file or folder cannot be written."""
+    hint = "free some space or " if getattr(error, "errno", None) in (None, *_NO_ROOM) else ""
+    return UserError(f"{path} cannot be written ({reason(error)}): {hint}choose another place")
 
 
 def listing(names: list[str], most: int = 5) -> str:

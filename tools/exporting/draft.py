@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.beside import folder_beside
 from utils.checkpoint import write_beside
-from utils.errors import UserError, reason
+from utils.errors import not_written
 
 
 @contextmanager
@@ -29,6 +29,4 @@ def draft_of(output: Path) -> Iterator[Path]:
             else:
                 write_beside(output, draft.rename)
     except OSError as error:
-        raise UserError(
-            f"{output} cannot be written ({reason(error)}): free some space or choose another place"
-        ) from None
+        raise not_written(output, error) from None

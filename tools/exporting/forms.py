@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.cli import check_new
 from utils.errors import UserError, listing
 
 
@@ -58,12 +59,7 @@ def check_request(name: str, output: Path, precision: str) -> None:
     form = FORMS[name]
     if precision not in form.precisions:
         raise UserError(f"--form {name} is not written in {precision}: {form.refusal}")
-    if output.suffix != form.ending and form.ending:
-        raise UserError(f"--output {output}: end the name in {form.ending}")
-    if output.exists():
-        raise UserError(f"--output {output} exists: remove it, or choose another name")
-    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output {output}: {output.parent} is no folder that can be written to: choose another")
+    check_new(output, "--output", form.ending)
     if missing := [package for package in form.packages if importlib.util.find_spec(package) is None]:
         raise UserError(
             f"--form {name} needs {listing(missing)}, not installed: pip install -r requirements-downstream.txt"

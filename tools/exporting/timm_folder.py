@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from data.transforms import eval_settings
 from models.groupmixformer import GroupMixFormer
 from tools.exporting.card import model_card
 from tools.exporting.checking import Run
+from utils.checkpoint import write_text
 from utils.trained import Trained
 
 _VARIANTS = "groupmixformer_*"
@@ -84,9 +85,10 @@ def write_folder(trained: Trained, folder: Path, licence: str | None) -> None:
     folder.mkdir()
     variant = variant_of(trained.network)
     weights = {name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(hub_config(trained, variant), indent=2) + "\n")
-    (folder / "README.md").write_text(model_card(trained, variant, licence))
+    # Not by save_file, whose files nobody else may read.
+    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+    write_text(folder / "config.json", json.dumps(hub_config(trained, variant), indent=2) + "\n")
+    write_text(folder / "README.md", model_card(trained, variant, licence))
 
 
 def open_folder(folder: Path) -> Run:

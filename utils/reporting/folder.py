@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.beside import folder_beside
-from utils.errors import UserError, listing, reason
+from utils.errors import UserError, listing, not_written
 
 PAGE = "index.html"
 SCORE = "score.json"
@@ -68,4 +68,4 @@ def replacing(folder: Path) -> Iterator[Path]:
                     earlier.rename(folder)
                 raise
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({reason(error)}): free some space or name another") from None
+        raise not_written(folder, error) from None
