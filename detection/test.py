@@ -122,7 +122,7 @@ def _finite(value: Any) -> Any:
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)

@@ -100,7 +100,7 @@ def class_names(root: Path) -> list[str] | None:
     """The names in a data set's classes.txt or objectInfo150.txt; None where it has neither."""
     for name in _NAME_FILES:
         if (root / name).is_file():
-            lines = [line.strip() for line in (root / name).read_text().splitlines() if line.strip()]
+            lines = [line.strip() for line in (root / name).read_text(encoding="utf-8").splitlines() if line.strip()]
             rows = [line.split("\t") for line in lines]
             return lines if name == "classes.txt" else [row[-1].strip() for row in rows if row[0].strip().isdigit()]
     return None

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import locale
 import logging
 import os
 import runpy
@@ -194,6 +195,15 @@ def start() -> Callable[..., Result]:
         return Result(done.returncode, done.stdout, done.stderr)
 
     return start_program
+
+
+@pytest.fixture
+def ascii_locale() -> Iterator[None]:
+    """A machine whose files are of ASCII unless a program says otherwise."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    yield
+    locale.setlocale(locale.LC_CTYPE, before)
 
 
 @contextlib.contextmanager

@@ -237,6 +237,11 @@ def test_defaults_pass_the_checks():
     check(default_config())
 
 
+def test_a_file_may_hold_any_letters(tmp_path, ascii_locale):
+    (tmp_path / "a.yaml").write_text("TAG: Käse\n", encoding="utf-8")
+    assert load_config(tmp_path / "a.yaml").TAG == "Käse"
+
+
 def test_default_configurations_share_no_values():
     first = default_config()
     first.DATA.MEAN[0] = 9.0

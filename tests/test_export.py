@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -23,7 +24,7 @@ from tools.exporting.capture import capture
 from tools.exporting.checking import check_answers, sizes_to_check
 from tools.exporting.deployed import deploy
 from tools.exporting.draft import draft_of
-from tools.exporting.timm_folder import variant_of
+from tools.exporting.timm_folder import variant_of, write_folder
 from utils import checkpoint
 from utils.errors import UserError
 from utils.trained import load_trained
@@ -221,6 +222,14 @@ def test_timm_makes_the_same_network_of_the_folder(export, network, tmp_path):
     backbone = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True, features_only=True, out_indices=(0,))
     (feature,) = backbone.eval()(noise(1, 3, 64, 48))
     assert torch.equal(feature, network.forward_intermediates(noise(1, 3, 64, 48), [0], intermediates_only=True)[0])
+
+
+def test_a_folder_for_timm_may_name_classes_by_any_letters_and_is_readable(trained_file, tmp_path, ascii_locale):
+    trained = replace(load_trained(trained_file), classes=None, labels=["Käse", *CLASSES[1:]])
+    write_folder(trained, tmp_path / "hub", None)
+    assert "Käse" in (tmp_path / "hub/README.md").read_text(encoding="utf-8")
+    (tmp_path / "other").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "hub").iterdir()} == {(tmp_path / "other").stat().st_mode}
 
 
 def test_timm_makes_the_networks_input_of_an_image(export, trained_file, tmp_path, tree):

@@ -157,6 +157,11 @@ def test_class_names_come_from_a_list_or_from_ade20ks_table(tmp_path):
     assert class_names(tmp_path) == ["ground", "red"]
 
 
+def test_class_names_may_have_any_letters(tmp_path, ascii_locale):
+    (tmp_path / "classes.txt").write_text("Käse\n", encoding="utf-8")
+    assert class_names(tmp_path) == ["Käse"]
+
+
 @pytest.mark.parametrize("reduce", [True, False])
 def test_classes_without_names_are_numbered_by_their_labels(tree, reduce):
     (tree / "classes.txt").unlink()

@@ -245,7 +245,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no file: name a .yaml file")
     try:
-        values = yaml.load(path.read_text(), Loader=_Loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: name a file with --cfg, such as those in configs/") from None
     except (OSError, UnicodeDecodeError) as error:
