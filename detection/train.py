@@ -2,7 +2,7 @@
 
 Usage:
     python detection/train.py --cfg configs/detection/mask_rcnn_small.yaml --data-path COCO --pretrained weights.pth
-    torchrun --nproc_per_node 8 detection/train.py --cfg configs/detection/mask_rcnn_small.yaml --data-path COCO \
+    torchrun --nproc_per_node 8 detection/train.py --cfg configs/detection/mask_rcnn_small.yaml --data-path COCO \\
       --pretrained weights.pth --output O --tag T
 
 --pretrained takes the weights of a classifier, for the backbone, or those of a detector. What else a run starts from,

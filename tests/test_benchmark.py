@@ -343,6 +343,7 @@ class TestProgram:
             (["--rounds", "0"], "--rounds: 0"),
             (["--seconds", "0"], "--seconds 0"),
             (["--json", "no/such/folder/f.json"], "--json no/such/folder/f.json"),
+            (["--png", "speed.jpg"], "--png speed.jpg: end the name in .png"),
             (["--profile", __file__], f"--profile {__file__}: is a file"),
             (["--mode", "guess"], "--help"),
         ],

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import tarfile
@@ -632,12 +633,13 @@ def test_what_is_queued_is_given_up_after_an_error():
 def test_the_command_line_that_it_ends_with_opens_the_data(call, root, tmp_path):
     for form, size in (("tar", "9G"), ("wds", "9K")):
         result = call(
-            *(PROGRAM, "--data-path", root, "--output", tmp_path / form, "--form", form, "--shard-size", size)
+            *(PROGRAM, "--data-path", root, "--output", tmp_path / f"a {form}", "--form", form, "--shard-size", size)
         )
         assert "21 images in" in result.stdout.splitlines()[0] and "13 images in" in result.stdout.splitlines()[1]
         name = "tar" if form == "tar" else "wds/"
-        assert f"--data-path {tmp_path / form} --opts DATA.DATASET {name}" in result.stdout.splitlines()[2]
-    shards = len(list((tmp_path / "wds").glob("train*")))
+        words = ["--data-path", str(tmp_path / f"a {form}"), "--opts", "DATA.DATASET", name]
+        assert shlex.split(result.stdout.splitlines()[2])[-5:] == words
+    shards = len(list((tmp_path / "a wds").glob("train*")))
     assert f"at most {shards} loader processes on" in result.stdout.splitlines()[3]
     result = call(*(PROGRAM, "--data-path", root, "--output", tmp_path / "one", "--form", "wds", "--shard-size", "9G"))
     assert "at most 1 loader process on" in result.stdout.splitlines()[3]

@@ -19,6 +19,8 @@ from tools.prepare_digits import write_digits
 from utils import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+TOOLS = sorted((REPOSITORY / "tools").glob("*.py"))
+PROGRAMS = [REPOSITORY / task / name for task in ("", "segmentation", "detection") for name in ("train.py", "test.py")]
 TINY = {"embed_dims": (40, 40, 40, 40), "depths": (1, 1, 1, 1), "num_classes": 3}
 
 
@@ -46,7 +48,7 @@ def weights(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "tools").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PROGRAMS + TOOLS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_the_commands_that_a_help_shows_stand_in_one_line_each(path):
     shown = ast.get_docstring(ast.parse(path.read_text()))
     assert [line for line in shown.splitlines() if len(line) > 120] == []

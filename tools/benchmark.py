@@ -70,8 +70,8 @@ def parse() -> argparse.Namespace:
     profile = getattr(arguments, "profile", None)
     if profile and profile.exists() and not profile.is_dir():
         raise UserError(f"--profile {profile}: is a file; name a folder")
-    for flag in ("json", "markdown", "png"):
-        check_report(getattr(arguments, flag, None), f"--{flag}")
+    for flag, ending in (("json", ""), ("markdown", ""), ("png", ".png")):
+        check_report(getattr(arguments, flag, None), f"--{flag}", ending)
     return arguments
 
 

@@ -16,6 +16,7 @@ in it was read back and found equal; kill -9 leaves P.part to be removed.
 import argparse
 import os
 import re
+import shlex
 import shutil
 import sys
 from array import array
@@ -179,7 +180,8 @@ def main() -> None:
     for split, shards in splits.items():
         images, size = sum(len(shard.samples) for shard in shards), sum(shard.size for shard in shards)
         print(f"{split}: {images:,} images in {len(shards):,} file(s), {size / 2**20:,.1f} MiB, read back and equal")
-    print(f"train on it with --data-path {output} --opts DATA.DATASET {'tar' if form == 'tar' else 'wds/'}")
+    name = "tar" if form == "tar" else "wds/"
+    print(f"train on it with --data-path {shlex.quote(str(output))} --opts DATA.DATASET {name}")
     if form == "wds":
         most = len(splits["train"])
         processes = f"{most:,} loader process{'es' * (most > 1)}"

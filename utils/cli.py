@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import math
 import multiprocessing
 import os
 import select
@@ -53,14 +54,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: --help tells the flags")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number that is not below `least`."""
+def at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """An argparse type: a whole number that is not below `least`, nor above `most`."""
 
     def number(text: str) -> int:
         with suppress(ValueError):
-            if int(text) >= least:
+            if least <= int(text) <= most:
                 return int(text)
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number, at least {least}")
+        bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number, {bounds}")
 
     return number
 

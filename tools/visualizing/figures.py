@@ -13,13 +13,14 @@ from utils.errors import UserError
 
 _FORMATS = (".png", ".pdf", ".svg")
 _EDGE = 0.04  # inches around a figure
+_MOST_DPI = 1200  # beyond which large figures do not fit into memory
 
 
 def add_figure_arguments(parser: Parser) -> None:
     """Adds --output, which `check_figure` checks, and --dpi."""
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help=f"{', '.join(_FORMATS)}: the figure")
     parser.add_argument(
-        "--dpi", type=at_least(1), default=160, metavar="N", help="pixels of a PNG on an inch (default 160)"
+        "--dpi", type=at_least(1, _MOST_DPI), default=160, metavar="N", help="pixels of a PNG on an inch (default 160)"
     )
 
 
