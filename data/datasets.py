@@ -285,6 +285,17 @@ class ImageStream(IterableDataset):
             raise BrokenDataError(f"the stream is broken ({reason(error)}): mend its shards") from None
 
 
+def data_root(config: CfgNode) -> Path:
+    """The folder of the data.
+
+    Raises:
+        UserError: If none is named.
+    """
+    if not config.DATA.DATA_PATH:
+        raise UserError("DATA.DATA_PATH is empty: name the data with --data-path")
+    return Path(config.DATA.DATA_PATH)
+
+
 def open_split(config: CfgNode, split: str, is_training: bool) -> Source | IterableImageDataset:
     """A split of the configured data set.
 
@@ -296,17 +307,16 @@ def open_split(config: CfgNode, split: str, is_training: bool) -> Source | Itera
     Raises:
         UserError: If there is no such data.
     """
-    name, root = config.DATA.DATASET, config.DATA.DATA_PATH
-    if not root and not name.startswith(("hfds/", "hfids/", "tfds/")):
-        raise UserError("DATA.DATA_PATH is empty: name the data with --data-path")
+    name = config.DATA.DATASET
+    root = config.DATA.DATA_PATH if name.startswith(("hfds/", "hfids/", "tfds/")) else data_root(config)
     if name in _FOLDER_NAMES:
-        if not Path(root).is_dir():
+        if not root.is_dir():
             raise UserError(
                 f"{root} is no folder: --data-path must hold {config.DATA.TRAIN_SPLIT}/ and {config.DATA.VAL_SPLIT}/"
             )
-        return FolderSource(Path(root) / split)
+        return FolderSource(root / split)
     if name == "tar":
-        return TarSource(Path(root), split)
+        return TarSource(root, split)
     if not name.lower().startswith(_TIMM_PREFIXES):
         raise UserError(
             f"DATA.DATASET is {name!r}: choose folder, tar, or timm's name of a data set, after one of "
@@ -315,7 +325,7 @@ def open_split(config: CfgNode, split: str, is_training: bool) -> Source | Itera
     settings = {"is_training": is_training, "batch_size": config.DATA.BATCH_SIZE, "seed": config.SEED}
     if not name.lower().startswith("tfds/"):  # whose reader makes images of arrays
         settings["input_img_mode"] = ""  # none, as timm would cut 16 bits off above 255, which `as_mode` does not
-    return _open_timm(config, name=name, root=root or None, split=split, **settings)
+    return _open_timm(config, name=name, root=str(root) or None, split=split, **settings)
 
 
 def _open_timm(config: CfgNode, **settings: Any) -> TimmSource | IterableImageDataset:

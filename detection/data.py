@@ -18,7 +18,7 @@ from torchvision.tv_tensors import BoundingBoxes, Mask
 from yacs.config import CfgNode
 
 from data.build import EvalData, TrainData, check_steps, loader_settings
-from data.datasets import ImageSamples, blank_image
+from data.datasets import ImageSamples, blank_image, data_root
 from data.decoding import as_mode
 from data.samplers import EvalSampler, TrainBatchSampler
 from data.transforms import Transform, image_mode
@@ -226,9 +226,7 @@ def has_masks(config: CfgNode) -> bool:
 
 
 def _open(config: CfgNode, images: str, annotations: str) -> tuple[CocoSource, COCO]:
-    if not config.DATA.DATA_PATH:
-        raise UserError("DATA.DATA_PATH is empty: name the data with --data-path")
-    root = Path(config.DATA.DATA_PATH)
+    root = data_root(config)
     coco = read_coco(root / annotations)
     if has_masks(config):
         check_masks(coco, root / annotations)

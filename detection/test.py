@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 
 from detection.config import check, default_config
 from utils.cli import check_pictures, check_report, config_from, make_parser, run
+from utils.errors import UserError
 
 if TYPE_CHECKING:
     from detection.metrics import BoxScore
@@ -48,6 +49,8 @@ def main() -> None:
     for flag in ("json", "classes", "detections"):
         check_report(getattr(arguments, flag), f"--{flag}")
     check_pictures(arguments.save_pictures, arguments.pictures)
+    if not 0 <= arguments.min_score <= 1:
+        raise UserError(f"--min-score {arguments.min_score}: give a score from 0 to 1")
     score(arguments, config)
 
 

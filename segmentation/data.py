@@ -20,7 +20,7 @@ from torchvision.tv_tensors import Mask
 from yacs.config import CfgNode
 
 from data.build import EvalData, TrainData, check_steps, loader_settings
-from data.datasets import ImageSamples, count_classes, repeated
+from data.datasets import ImageSamples, count_classes, data_root, repeated
 from data.decoding import as_mode
 from data.files import files_below
 from data.finish import Normalize
@@ -230,7 +230,7 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
         UserError: If the data is missing, or an epoch has no update.
     """
     data, updates = config.DATA, config.TRAIN.EPOCH_UPDATES
-    source = PairSource(Path(data.DATA_PATH), data.TRAIN_SPLIT)
+    source = PairSource(data_root(config), data.TRAIN_SPLIT)
     classes = named_classes(config, source)
     samples = ImageSamples(source, train_transform(config, len(classes)), replace=data.ON_ERROR == "skip", blank=blank)
     where = {"batch_size": data.BATCH_SIZE, "rank": world.rank, "ranks": world.size, "seed": config.SEED}
@@ -249,7 +249,7 @@ def build_eval_data(config: CfgNode, world: World) -> EvalData:
     Raises:
         UserError: If the data is missing.
     """
-    source = PairSource(Path(config.DATA.DATA_PATH), config.DATA.VAL_SPLIT)
+    source = PairSource(data_root(config), config.DATA.VAL_SPLIT)
     classes = named_classes(config, source)
     samples = ImageSamples(source, eval_transform(config, len(classes)), blank=blank)
     sampler = EvalSampler(len(source), world.rank, world.size)

@@ -201,6 +201,17 @@ def test_what_is_wrong_on_the_command_line_is_told_before_torch_is_imported(scri
     assert (ended.stdout, ended.stderr) == ("2 []\n", f"{told}\n")
 
 
+@pytest.mark.parametrize("key", ["MODEL.NAME", "TAG"])
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/../../x", "/x"])
+def test_a_run_outside_its_folder_is_refused(key, name):
+    with pytest.raises(UserError, match=f"{key} is '{name}': give the name of a folder"):
+        configuration("--opts", key, name)
+
+
+def test_a_run_in_a_folder_of_runs_is_not_refused():
+    assert configuration("--tag", "sweep/lr..2").TAG == "sweep/lr..2"
+
+
 # How a program ends
 
 

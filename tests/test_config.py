@@ -689,6 +689,7 @@ BAD_VALUES = [
     ("AUG.SCALE", [0.0, 1.0]),
     ("AUG.SCALE", [1.0, 0.5]),
     ("AUG.SCALE", [0.5, math.inf]),
+    ("AUG.SCALE", [0.5, 1.5]),
     ("MODEL.GMA.QKV_SCALE", math.nan),
     ("AUG.RATIO", [1.3, 0.7]),
     ("AUG.HFLIP", 1.5),

@@ -158,6 +158,7 @@ BAD = [
     ("test", ["--random-weights", "--json", "nowhere/score.json"], "--json nowhere/score.json: name a file"),
     ("test", ["--random-weights", "--save-pictures", "README.md"], "README.md is a file: name a folder"),
     ("test", ["--random-weights", "--pictures", "0"], "draw at least 1"),
+    ("test", ["--random-weights", "--min-score", "2"], "--min-score 2.0: give a score from 0 to 1"),
 ]
 
 

@@ -127,6 +127,7 @@ def test_evaluation_and_throughput_by_flag(call, segmentation_words, segmented, 
         (["--random-weights", "--opts", "MODEL.GMA.NUM_CLASSES", "4"], "the data has 3 classes but"),
         (["--random-weights", "--save-pictures", str(ROOT / "LICENSE")], "LICENSE is a file: name a folder"),
         (["--random-weights", "--pictures", "0"], "draw at least 1"),
+        (["--random-weights", "--data-path", ""], "DATA.DATA_PATH is empty: name the data with --data-path"),
     ],
 )
 def test_wrong_words_end_in_one_line(call, segmentation_words, tmp_path, flags, said):

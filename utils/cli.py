@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from yacs.config import CfgNode
 
-from utils.config import check, default_config, load_config, merge_options, merge_value
+from utils.config import check, check_folder, default_config, load_config, merge_options, merge_value
 from utils.errors import BrokenDataError, LostRankError, Stopped, UserError, reason
 
 # flag -> the key that it overrides
@@ -154,6 +154,7 @@ def config_from(
             merge_value(config, name, value, f"--{flag.replace('_', '-')}")
     try:
         check(config)
+        check_folder(config)
     except UserError as error:
         raise UserError(f"{arguments.cfg} with the flags: {error}") from None
     for path in (config.MODEL.RESUME, config.MODEL.PRETRAINED):

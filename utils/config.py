@@ -8,7 +8,7 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -426,6 +426,18 @@ def check_to_score(config: CfgNode) -> None:
     _check_augmentation(config)
 
 
+def check_folder(config: CfgNode) -> None:
+    """Refuses names by which a run's folder would not lie below OUTPUT, or be OUTPUT itself.
+
+    Raises:
+        UserError: Naming the key and what to do.
+    """
+    for name in ("MODEL.NAME", "TAG"):
+        path = PurePath(lookup(config, name))
+        if not path.parts or path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{name} is {lookup(config, name)!r}: give the name of a folder, of parts such as a or a/b")
+
+
 def check_shared(
     config: CfgNode,
     choices: Mapping[str, tuple[str, ...]] | None = None,
@@ -506,6 +518,8 @@ def _check_augmentation(config: CfgNode) -> None:
     for name in ("SCALE", "RATIO"):
         if len(aug[name]) != 2 or not 0 < aug[name][0] <= aug[name][1]:
             raise UserError(f"AUG.{name} is {aug[name]}: give a lower and an upper bound above 0")
+    if aug.SCALE[1] > 1:
+        raise UserError(f"AUG.SCALE is {aug.SCALE}: give shares of an image's area, of which the upper is at most 1")
     if config.DATA.LOADING == "fast" and config.DATA.INTERPOLATION not in ("bicubic", "bilinear"):
         raise UserError(
             f"DATA.LOADING fast cannot resize with DATA.INTERPOLATION {config.DATA.INTERPOLATION}: "
