@@ -799,6 +799,20 @@ def test_checkpoints_after_the_place_that_a_run_goes_on_from_are_cleared_away(nu
         assert set(names(folder)) == OTHERS | left | (old if keep else set())
 
 
+# Reading
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_a_checkpoint_that_may_not_be_read_is_not_called_none(tmp_path, monkeypatch, name):
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / name).touch()
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=rf"{name} cannot be read \(.*Permission denied\): mend that"):
+        checkpoint.load(tmp_path / name)
+
+
 # Space
 
 MIB = 2**20

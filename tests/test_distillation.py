@@ -149,7 +149,12 @@ def test_a_network_of_timm_teaches_with_weights_from_a_file(tmp_path):
         (
             {"DISTILL__TEACHER": TIMM_TEACHER, "DISTILL__WEIGHTS": "gone.pth"},
             3,
-            "has no weights .*: mend DISTILL.WEIGHTS",
+            "DISTILL.WEIGHTS gone.pth is no file: name one that holds weights of test_resnet",
+        ),
+        (
+            {"DISTILL__TEACHER": TIMM_TEACHER, "DISTILL__WEIGHTS": __file__},
+            3,
+            "DISTILL.WEIGHTS .*py holds no weights of test_resnet for 3 classes .*: name another file",
         ),
         ({"DISTILL__WEIGHTS": "w.pth"}, 3, "DISTILL.WEIGHTS is for networks of timm, and .* leave it empty"),
         ({}, 4, "answers for 3 classes and not 4: choose another"),

@@ -242,6 +242,7 @@ def saved_values(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        path.open("rb").close()  # safetensors says of a file that it may not read that there is none
         if path.suffix == ".safetensors":
             return {"model": safetensors.torch.load_file(path)}
         # The published code keeps its yacs configuration beside the weights; it comes in as a plain dict.
@@ -251,6 +252,8 @@ def _read(path: Path) -> dict[str, Any]:
         types = listing(_foreign_types(path))
         why = f"of plain tensors ({types})" if types else "(neither a .pth of plain tensors nor a .safetensors)"
         raise UserError(f"{path} is no checkpoint {why}; nothing in it was run: name another file") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({reason(error)}): mend that or name another file") from None
     except Exception as error:  # what random bytes make the readers raise is not theirs to promise
         raise UserError(f"{path} is no checkpoint ({reason(error)}): name another file") from None
     if not isinstance(state, dict) or not state:

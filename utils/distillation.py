@@ -6,6 +6,7 @@ Soft: Hinton et al., 2015, https://arxiv.org/abs/1503.02531. Hard: Touvron et al
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import timm
@@ -21,6 +22,8 @@ from utils.precision import Precision
 from utils.trained import load_trained
 
 _log = logging.getLogger(__name__)
+
+_LONGEST = 300  # letters of a reason: torch names every tensor
 
 Mix = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
@@ -127,13 +130,23 @@ def _timm_teacher(name: str, weights: str, num_classes: int) -> nn.Module:
         raise UserError(
             f"DISTILL.TEACHER {name} is neither a checkpoint of this code nor a network of timm: mend the path or name"
         )
+    if not weights:
+        try:
+            return timm.create_model(name, pretrained=True)
+        except Exception as error:  # of any kind: the hub may be out of reach
+            raise UserError(
+                f"DISTILL.TEACHER {name} has no weights ({reason(error)}): name a file that has some in DISTILL.WEIGHTS"
+            ) from None
+    if not Path(weights).is_file():
+        raise UserError(f"DISTILL.WEIGHTS {weights} is no file: name one that holds weights of {name}")
+    network = timm.create_model(name, num_classes=num_classes)
     try:
-        network = timm.create_model(name, pretrained=not weights, **({"num_classes": num_classes} if weights else {}))
-        if weights:
-            network.load_state_dict(load_state_dict(weights))
-    except Exception as error:  # of any kind: the hub may be out of reach, the file may be anything
-        advice = "mend DISTILL.WEIGHTS" if weights else "name a file of its weights in DISTILL.WEIGHTS"
-        raise UserError(f"DISTILL.TEACHER {name} has no weights ({reason(error)}): {advice}") from None
+        network.load_state_dict(load_state_dict(weights))
+    except Exception as error:  # of any kind: the file may be anything
+        why = shorten(f"{type(error).__name__}: {error}", _LONGEST, placeholder=" ...")
+        raise UserError(
+            f"DISTILL.WEIGHTS {weights} holds no weights of {name} for {num_classes} classes ({why}): name another file"
+        ) from None
     return network
 
 
