@@ -112,7 +112,7 @@ def write_reports(arguments: argparse.Namespace, scored: "Scored", settings: dic
     if arguments.json:
         write_text(arguments.json, json.dumps(values | {"classes": by_class} | settings, indent=2) + "\n")
     if arguments.classes:
-        write_beside(arguments.classes, lambda beside: _write_table(beside, by_class))
+        write_beside(arguments.classes, lambda beside: write_table(beside, by_class))
     if arguments.detections:
         write_text(arguments.detections, json.dumps(scored.results))
 
@@ -124,7 +124,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows of the same keys as CSV."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()

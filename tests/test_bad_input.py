@@ -204,7 +204,7 @@ def empty_data_folder(tree, scratch):
     return ["--data-path", scratch / "empty"]
 
 
-@case("no class folders", "images/", "add", programs=BOTH)
+@case("no class folders", "images/", "has no class folders: put images in", programs=BOTH)
 def no_class_folders(tree, scratch):
     for split in ("train", "val"):
         (scratch / "images" / split).mkdir(parents=True)

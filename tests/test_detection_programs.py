@@ -12,6 +12,7 @@ from PIL import Image
 
 from detection.coco import read_coco
 from detection.metrics import score
+from detection.test import write_table
 from models import GroupMixFormer
 from utils import checkpoint
 
@@ -147,6 +148,11 @@ def test_broken_images_are_replaced_and_listed_where_that_is_asked_for(call, coc
     result = call("detection/train.py", *words, *opts, "DATA.ON_ERROR", "skip", "DATA.MAX_BROKEN", "0.5")
     assert result.code == 0, result.stderr
     assert "001.png is broken" in (tmp_path / "tiny" / "run" / "broken.txt").read_text()
+
+
+def test_a_table_of_classes_may_have_any_letters(tmp_path, ascii_locale):
+    write_table(tmp_path / "a.csv", [{"class": "Käse", "box_ap": 1.0}])
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8") == "class,box_ap\nKäse,1.0\n"
 
 
 BAD = [
