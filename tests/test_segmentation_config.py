@@ -87,8 +87,8 @@ def test_values_that_cannot_work_are_refused(values, said):
     ("decoder", "device", "said"),
     [
         ({}, "cuda", "DETERMINISTIC does not fit upernet"),
-        ({}, "cpu", "images/training is no folder"),  # the data is opened, but there is none
-        (FPN, "cuda", "images/training is no folder"),
+        ({}, "cpu", "DATA_PATH is empty"),  # the data is opened, but none is named
+        (FPN, "cuda", "DATA_PATH is empty"),
     ],
     ids=["upernet on a GPU", "upernet on a CPU", "fpn on a GPU"],
 )
