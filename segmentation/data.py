@@ -30,7 +30,7 @@ from segmentation.labels import IGNORE, MOST_CLASSES, to_classes
 from segmentation.sizes import scaled_size
 from utils.config import accumulation_steps
 from utils.dist import World
-from utils.errors import UserError, listing
+from utils.errors import UserError, listing, reason
 
 _CROP_TRIES = 10
 _NAME_FILES = ("classes.txt", "objectInfo150.txt")  # a name a line; or ADE20K's table, whose last column they are
@@ -97,10 +97,18 @@ class PairSource:
 
 
 def class_names(root: Path) -> list[str] | None:
-    """The names in a data set's classes.txt or objectInfo150.txt; None where it has neither."""
+    """The names in a data set's classes.txt or objectInfo150.txt; None where it has neither.
+
+    Raises:
+        UserError: If they are no text.
+    """
     for name in _NAME_FILES:
         if (root / name).is_file():
-            lines = [line.strip() for line in (root / name).read_text(encoding="utf-8").splitlines() if line.strip()]
+            try:
+                text = (root / name).read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{root / name} is no UTF-8 text ({reason(error)}): save it as such") from None
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
             rows = [line.split("\t") for line in lines]
             return lines if name == "classes.txt" else [row[-1].strip() for row in rows if row[0].strip().isdigit()]
     return None

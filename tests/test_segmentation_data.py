@@ -158,8 +158,12 @@ def test_class_names_come_from_a_list_or_from_ade20ks_table(tmp_path):
 
 
 def test_class_names_may_have_any_letters(tmp_path, ascii_locale):
-    (tmp_path / "classes.txt").write_text("Käse\n", encoding="utf-8")
-    assert class_names(tmp_path) == ["Käse"]
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "classes.txt").write_text("Käse\n", encoding=encoding)
+        assert class_names(tmp_path) == ["Käse"]
+    (tmp_path / "classes.txt").write_text("Käse\n", encoding="latin-1")
+    with pytest.raises(UserError, match=r"classes\.txt is no UTF-8 text .*: save it as such"):
+        class_names(tmp_path)
 
 
 @pytest.mark.parametrize("reduce", [True, False])
