@@ -4,12 +4,14 @@ import copy
 import errno
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 from yacs.config import CfgNode
 
 from data.build import EvalData
@@ -126,6 +128,12 @@ def write_tar(path: Path, folder: Path) -> Path:
     with tarfile.open(path, "w") as file:
         file.add(folder, arcname=".")
     return path
+
+
+def batch_here_and_spawned(loader: DataLoader) -> list[Any]:
+    """A loader's batch of a sample, as this process makes it and as one would that shares no memory with it."""
+    here = (loader.dataset, loader.collate_fn, loader.worker_init_fn)
+    return [collate([samples[0, 7]]) for samples, collate, _ in (here, pickle.loads(pickle.dumps(here)))]
 
 
 class FakeReader:
@@ -258,6 +266,8 @@ def equal(first: Any, second: Any) -> bool:
     """Whether nested plain types and tensors are equal bit for bit."""
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
+    if is_dataclass(first):
+        return equal(vars(first), vars(second))
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):

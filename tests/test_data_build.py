@@ -16,7 +16,9 @@ from helpers_unit import (
     CPU,
     ROOT,
     FakeReader,
+    batch_here_and_spawned,
     configured,
+    equal,
     examples,
     noise,
     number_of,
@@ -185,6 +187,17 @@ def test_a_broken_validation_image_is_never_replaced(partly_broken, on_error):
         told += of_batch
     assert numbers == [0, 1, 0, 3, 4, 5, 6, 7, 0, 9, 10, 11]
     assert [number for number, complaint in enumerate(told) if complaint] == [2, 8]
+
+
+@pytest.mark.parametrize("name", ["folder", "tar"])
+@pytest.mark.parametrize("loading", ["exact", "fast"])
+def test_loaders_may_have_processes_that_are_spawned(root, tmp_path, name, loading):
+    if name == "tar":
+        for split in ("train", "val"):
+            write_tar(tmp_path / f"{split}.tar", root / split)
+    config = small_data_config(tmp_path if name == "tar" else root, DATA__DATASET=name, DATA__LOADING=loading)
+    for data in (build_train_data(config, ALONE), build_eval_data(config, ALONE, None, None)):
+        assert equal(*batch_here_and_spawned(data.loader))
 
 
 def test_an_image_is_augmented_anew_each_epoch(root):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_detection import CATEGORIES, add_crowd, configured, write_coco
-from helpers_unit import ALONE
+from helpers_unit import ALONE, batch_here_and_spawned, equal
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -161,6 +161,11 @@ def test_batches_are_the_same_for_any_number_of_loader_processes(coco_tree):
         assert all(map(torch.equal, images, others))
         for objects, other_objects in zip(targets, other_targets, strict=True):
             assert all(torch.equal(objects[name], other_objects[name]) for name in objects)
+
+
+def test_loaders_may_have_processes_that_are_spawned(coco_tree):
+    for build in (build_train_data, build_eval_data):
+        assert equal(*batch_here_and_spawned(build(configured(data=coco_tree), ALONE).loader))
 
 
 def test_a_broken_image_is_a_complaint_beside_a_blank_one(tree):

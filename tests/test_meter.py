@@ -1,6 +1,8 @@
 """What is measured between two reports."""
 
 import math
+import resource
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -86,3 +88,16 @@ def test_places_and_time_left_are_counted_through_the_epochs_whether_taken_or_le
     assert (report.epoch, report.update, report.update_in_epoch, report.lr) == (3, 17, 2, 0.25)
     assert report.left_s == 2.0 * (20 - 17)
     assert report.memory_mb > 10
+
+
+def test_peak_memory_is_told_in_bytes_by_macos(monkeypatch):
+    def told():
+        meter = Meter(CPU)
+        meter.add_update(4)
+        return meter.report(Progress(), STEPS, 0.25).memory_mb
+
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert told() == 3 * 2**10
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert told() == 3

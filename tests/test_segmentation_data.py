@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_segmentation import CLASSES, pair, tiny, write_pairs, write_tree
-from helpers_unit import ALONE, examples, refuse_to_list
+from helpers_unit import ALONE, batch_here_and_spawned, equal, examples, refuse_to_list
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -339,6 +339,11 @@ def test_every_validation_image_is_on_one_rank_at_its_own_size(pairs):
         assert data.rounds == 2
     wanted = [(48, 56), (65, 49), (64, 64), (33, 97), (48, 48)]
     assert sorted(sizes) == sorted((*size, *size) for size in wanted)
+
+
+def test_loaders_may_have_processes_that_are_spawned(pairs):
+    for build in (build_train_data, build_eval_data):
+        assert equal(*batch_here_and_spawned(build(tiny(DATA__DATA_PATH=str(pairs)), ALONE).loader))
 
 
 @pytest.mark.parametrize("kind", ["images", "annotations"])

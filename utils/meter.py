@@ -2,6 +2,7 @@
 
 import datetime
 import resource
+import sys
 import time
 from dataclasses import dataclass
 
@@ -100,4 +101,5 @@ class Meter:
 def _peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    units = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, elsewhere KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
