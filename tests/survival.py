@@ -65,6 +65,10 @@ class Started:
         (found,) = [pid for pid in ranks if _parent(pid) not in ranks]
         return found
 
+    def has_lost_launcher(self, rank: int) -> bool:
+        """Whether the process of a rank can tell that its launcher has gone, as it can when all its threads have."""
+        return _parent(rank) != self.pid
+
     def wait_for(self, happened: Callable[[], bool], what: str, limit_s: float = _WAIT_S) -> None:
         """Waits until something has happened."""
         end = time.monotonic() + limit_s

@@ -277,8 +277,9 @@ def test_signals_to_all_processes_and_a_lost_launcher_stop_both_ranks(make_life,
 
     started = life.start(("step 8.0", "hold", 0))
     started.wait_for_fault()
+    rank = started.rank(0)
     started.send(SIGKILL)
-    started.wait_for(lambda: started.pid not in started.alive(), "the launcher is gone")
+    started.wait_for(lambda: started.has_lost_launcher(rank), "the launcher is gone")
     started.let_go()
     assert started.end(LEAVE_S).code == -SIGKILL
     assert life.reached() == (1, 3)
