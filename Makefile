@@ -14,7 +14,7 @@ TRAIN = --cfg configs/digits.yaml --data-path $(DIGITS) --output output --tag se
 demo: .venv/.installed
 	$(BIN)/python tools/prepare_digits.py $(DIGITS)
 	$(BIN)/python train.py $(TRAIN) --seed $(SEED)
-	$(BIN)/python test.py --cfg configs/digits.yaml --data-path $(DIGITS) --resume $(RUN)/best.pth --ema
+	$(BIN)/python test.py --cfg configs/digits.yaml --data-path $(DIGITS) --resume $(RUN)/best.pth
 	@echo
 	@echo "log         $(RUN)/log_rank0.txt"
 	@echo "curves      $(RUN)/curves.png      (TensorBoard: tensorboard --logdir $(RUN)/runs)"

@@ -2,7 +2,7 @@
 
 Usage:
     python test.py --cfg configs/groupmixformer_small.yaml --data-path D --pretrained weights.pth
-    torchrun --nproc_per_node 8 test.py --cfg configs/groupmixformer_small.yaml --data-path D --resume best.pth --ema
+    torchrun --nproc_per_node 8 test.py --cfg configs/groupmixformer_small.yaml --data-path D --resume best.pth
     python test.py --cfg configs/groupmixformer_small.yaml --data-path D --resume best.pth --report report
 """
 
@@ -53,7 +53,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
     from utils.precision import choose_scoring_precision
     from utils.reporting.folder import check_report_folder
     from utils.reporting.outcomes import OutcomeSums
-    from utils.scoring import circumstances, score_weights
+    from utils.scoring import circumstances, read_weights, score_weights
     from utils.throughput import measure
 
     folder = Path(arguments.report) if arguments.report else None
@@ -74,7 +74,8 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
             if folder and world.is_main:
                 check_report_folder(folder)
         sums = OutcomeSums(world) if folder else None
-        scored = score_weights(config, world, precision, arguments.ema, arguments.random_weights, arguments.fuse, sums)
+        weights = read_weights(config, arguments.weights)
+        scored = score_weights(config, world, precision, weights, arguments.fuse, sums)
         result = scored.score
         facts = {
             "acc1": result.acc1,
@@ -83,7 +84,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
             "images": result.images,
             "correct1": result.correct1,
             "correct5": result.correct5,
-            **circumstances(config, world, precision, arguments.ema, scored.images_per_s),
+            **circumstances(weights, world, precision, scored.images_per_s),
             "fused": arguments.fuse,
         }
         if world.is_main:

@@ -31,14 +31,15 @@ def main() -> None:
     from utils.dist import join_world
     from utils.logger import setup_logging
     from utils.precision import choose_precision, choose_scoring_precision
-    from utils.scoring import score_weights
+    from utils.scoring import read_weights, score_weights
     from utils.throughput import measure
     from utils.trainer import train
 
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         setup_logging(world.is_main)
         if config.EVAL_MODE:
-            score = score_weights(config, world, choose_scoring_precision(config, world.device, _log.info)).score
+            precision = choose_scoring_precision(config, world.device, _log.info)
+            score = score_weights(config, world, precision, read_weights(config)).score
             _log.info(f" * Acc@1 {score.acc1:.3f} Acc@5 {score.acc5:.3f}")
             return
         precision = choose_precision(config, world.device, _log.info)

@@ -10,10 +10,9 @@ from data.datasets import map_classes
 from detection.data import build_eval_data
 from detection.metrics import BoxScore, DetectionSums
 from detection.model import build_detector
-from models.build import load_weights
 from utils.dist import World, together
 from utils.precision import Precision, memory_format
-from utils.scoring import choose_weights, log_matched, read_weights, score_timed
+from utils.scoring import Weights, log_matched, score_timed
 
 
 @dataclass(frozen=True)
@@ -33,30 +32,25 @@ class Scored:
     images_per_s: float
 
 
-def score_weights(
-    config: CfgNode, world: World, precision: Precision, use_ema: bool = False, random_weights: bool = False
-) -> Scored:
+def score_weights(config: CfgNode, world: World, precision: Precision, weights: Weights) -> Scored:
     """Scores weights on the validation data, every image once.
 
     Args:
         config: The configuration.
         world: This process among all.
         precision: How to compute.
-        use_ema: Whether to take the moving average out of the checkpoint.
-        random_weights: Whether to score fresh weights instead of a checkpoint's.
+        weights: The weights.
 
     Raises:
         UserError: If weights, data and configuration do not fit together.
     """
     with together():
-        source, state = read_weights(config, random_weights)
         data = build_eval_data(config, world)
         found = data.classes or []
-        classes = state.get("classes") or found
+        classes = weights.classes or found
         map_classes(found, classes, len(classes))  # refuses those that the network does not know
         network = build_detector(config, len(classes))
-        if source:
-            load_weights(network, choose_weights(state, use_ema, source), source)
+        weights.load_into(network)
         network.to(world.device, memory_format=memory_format(config))
         log_matched(found, classes)
     sums = DetectionSums(data.coco, classes, data.with_masks, data.is_main)

@@ -63,12 +63,13 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     from utils.logger import setup_logging
     from utils.metrics import describe
     from utils.precision import choose_scoring_precision
-    from utils.scoring import circumstances
+    from utils.scoring import circumstances, read_weights
 
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         setup_logging(world.is_main)
         precision = choose_scoring_precision(config, world.device, _log.info)
-        scored = score_weights(config, world, precision, arguments.ema, arguments.random_weights)
+        weights = read_weights(config, arguments.weights)
+        scored = score_weights(config, world, precision, weights)
         if not world.is_main:
             return
         print(f" * {describe(scored.score)}")
@@ -78,7 +79,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
             scored.score.images, len(scored.results), scored.images_per_s, precision.name,
             world.size, world.device.type,
         )  # fmt: skip
-        settings = circumstances(config, world, precision, arguments.ema, scored.images_per_s)
+        settings = circumstances(weights, world, precision, scored.images_per_s)
         write_reports(arguments, scored, settings)
         if arguments.save_pictures:
             images = Path(config.DATA.DATA_PATH) / config.DATA.VAL_IMAGES

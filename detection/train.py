@@ -33,12 +33,14 @@ def main() -> None:
     from utils.logger import setup_logging
     from utils.metrics import describe
     from utils.precision import choose_precision, choose_scoring_precision
+    from utils.scoring import read_weights
     from utils.trainer import train
 
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         setup_logging(world.is_main)
         if config.EVAL_MODE:
-            scored = score_weights(config, world, choose_scoring_precision(config, world.device, _log.info))
+            precision = choose_scoring_precision(config, world.device, _log.info)
+            scored = score_weights(config, world, precision, read_weights(config))
             _log.info(f" * {describe(scored.score)}")
         else:
             train(config, world, choose_precision(config, world.device, _log.info), detection(config))

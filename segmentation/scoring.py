@@ -5,7 +5,6 @@ from collections.abc import Callable
 from yacs.config import CfgNode
 
 from data.build import EvalData
-from models.build import load_weights
 from segmentation.data import build_eval_data
 from segmentation.inference import build_predictor
 from segmentation.metrics import SegmentationScore
@@ -15,15 +14,14 @@ from utils.dist import World, together
 from utils.errors import UserError, listing
 from utils.metrics import Sums
 from utils.precision import Precision, memory_format
-from utils.scoring import choose_weights, read_weights, score_timed
+from utils.scoring import Weights, score_timed
 
 
 def score_weights(
     config: CfgNode,
     world: World,
     precision: Precision,
-    use_ema: bool = False,
-    random_weights: bool = False,
+    weights: Weights,
     watch: Callable[[Sums, EvalData], Sums] = lambda sums, _data: sums,
 ) -> tuple[SegmentationScore, EvalData, float]:
     """Scores weights on the validation data, every image once and at its own size.
@@ -32,8 +30,7 @@ def score_weights(
         config: The configuration.
         world: This process among all.
         precision: How to compute.
-        use_ema: Whether to take the moving average out of the checkpoint.
-        random_weights: Whether to score fresh weights instead of a checkpoint's.
+        weights: The weights.
         watch: Puts something that sees all answers in the place of what adds up the score, which it must pass them to.
 
     Returns:
@@ -43,13 +40,11 @@ def score_weights(
         UserError: If weights, data and configuration do not fit together.
     """
     with together():
-        source, state = read_weights(config, random_weights)
         data = build_eval_data(config, world)
         classes = data.classes or []
-        _check_classes(state.get("classes"), classes)
+        _check_classes(weights.classes, classes)
         network = build_segmenter(config, len(classes))
-        if source:
-            load_weights(network, choose_weights(state, use_ema, source), source)
+        weights.load_into(network)
         sums = watch(build_sums(data, world.device), data)
     predictor = build_predictor(config, network.to(world.device, memory_format=memory_format(config)))
     score, images_per_s = score_timed(predictor, data, world, precision, sums)

@@ -60,7 +60,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     from utils.logger import setup_logging
     from utils.metrics import Sums, describe
     from utils.precision import choose_scoring_precision
-    from utils.scoring import circumstances
+    from utils.scoring import circumstances, read_weights
 
     def with_pictures(sums: Sums, data: EvalData) -> Sums:
         if arguments.save_pictures is None:
@@ -71,9 +71,8 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         setup_logging(world.is_main)
         precision = choose_scoring_precision(config, world.device, _log.info)
-        result, data, images_per_s = score_weights(
-            config, world, precision, arguments.ema, arguments.random_weights, with_pictures
-        )
+        weights = read_weights(config, arguments.weights)
+        result, data, images_per_s = score_weights(config, world, precision, weights, with_pictures)
         if not world.is_main:
             return
         if arguments.save_pictures:
@@ -90,7 +89,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
             values: dict[str, Any] = {name: getattr(result, name) for name in (*result.measures, "loss", "images")}
             values |= {
                 "classes": {name: {"iou": _number(iou), "acc": _number(acc)} for name, iou, acc in by_class},
-                **circumstances(config, world, precision, arguments.ema, images_per_s),
+                **circumstances(weights, world, precision, images_per_s),
                 "multi_scale": config.TEST.MULTI_SCALE,
                 "sliding_window": config.TEST.SLIDING_WINDOW,
             }

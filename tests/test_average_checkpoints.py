@@ -255,7 +255,7 @@ def test_greedy_average_scores_in_test_py_what_it_says_and_no_less_than_the_best
 
     def correct(path):
         where = ("--cfg", tiny_config, "--data-path", tree, "--resume", path, "--json", tmp_path / "score.json")
-        assert call("test.py", *where).code == 0
+        assert call("test.py", *where, "--weights", "model").code == 0
         return json.loads((tmp_path / "score.json").read_text())["correct1"]
 
     reached, singles = correct(tmp_path / "soup.pth"), [correct(path) for path in paths]

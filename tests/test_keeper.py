@@ -187,15 +187,24 @@ def test_a_checkpoint_is_written_before_its_copy_makes_room_for_the_next_one(tmp
     assert equal(written, wanted)
 
 
-def test_the_best_epoch_is_that_of_the_moving_average_where_there_is_one(tmp_path):
-    training = training_of()
-    keeper = keeper_of(tmp_path, training)
-    for correct in (4, 2, 6, 6):
-        keeper.on_epoch({"model": Score(8, 8 - correct, 8, 1.5), "ema": Score(8, correct, 8, 1.0)})
+@pytest.mark.parametrize(
+    ("model", "ema", "best"),
+    [
+        ((4, 6, 5, 5), (1, 2, 5, 6), {"epoch": 1, "of": "model", "acc1": 75.0}),
+        ((4, 5, 4, 6), (4, 5, 6, 6), {"epoch": 2, "of": "ema", "acc1": 75.0}),
+        ((2, 4, 1, 3), (1, 4, 4, 3), {"epoch": 1, "of": "ema", "acc1": 50.0}),  # of equals the moving average
+    ],
+)
+def test_the_best_epoch_is_the_first_that_the_weights_or_their_moving_average_were_best_after(
+    tmp_path, model, ema, best
+):
+    keeper = keeper_of(tmp_path, training_of())
+    for scores in zip(model, ema, strict=True):
+        keeper.on_epoch(dict(zip(("model", "ema"), (Score(8, correct, 8, 1.0) for correct in scores), strict=True)))
     keeper.wait()
-    assert keeper.best == {"epoch": 2, "of": "ema", "acc1": 75.0}
-    assert checkpoint.load(tmp_path / "best.pth")["progress"]["epoch"] == 3
-    assert checkpoint.load(tmp_path / "last.pth")["best"] == keeper.best
+    assert keeper.best == best
+    assert checkpoint.load(tmp_path / "best.pth")["progress"]["epoch"] == best["epoch"] + 1
+    assert checkpoint.load(tmp_path / "last.pth")["best"] == best
 
 
 def test_a_task_is_scored_and_logged_by_its_own_measures(tmp_path, caplog):

@@ -277,6 +277,14 @@ def test_a_moving_average_is_built_where_asked_for():
     assert not ema.module.training
 
 
+def test_the_moving_average_follows_faster_at_first_where_it_warms_up():
+    plain, warm = (
+        build_ema(configured(TRAIN__EMA_DECAY=0.9, TRAIN__EMA_WARMUP=on), nn.Linear(1, 1)) for on in (False, True)
+    )
+    assert plain.get_decay(5) == 0.9
+    assert warm.get_decay(5) < 0.7 < warm.get_decay(20) < warm.get_decay(1000) == 0.9
+
+
 @pytest.mark.parametrize(
     ("values", "kind"),
     [

@@ -18,9 +18,11 @@ COUNTS = ("images", "correct1", "correct5")
 
 
 @pytest.fixture(scope="module")
-def weights(trained):
-    """A checkpoint that knows some of the validation images and not others."""
-    return trained.folder / "ckpt_epoch_2.pth"
+def weights(trained, tmp_path_factory):
+    """A checkpoint that knows some of the validation images and not others, the best one by its trained weights."""
+    state, path = trained.checkpoint("ckpt_epoch_2.pth"), tmp_path_factory.mktemp("weights") / "weights.pth"
+    checkpoint.save({**state, "best": {**state["best"], "of": "model"}}, path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +84,22 @@ def test_line_and_report_say_what_training_said(trained, weights, score, tmp_pat
 @pytest.mark.slow
 def test_moving_average_is_scored_where_asked_for(trained, weights, report):
     evaluation = trained.evaluations()[1]
-    average = report("--resume", weights, "--ema")
+    average, plain = (report("--resume", weights, "--weights", name) for name in ("ema", "model"))
+    assert report("--resume", weights, "--ema")["loss"] == average["loss"]
+    assert (average["ema"], plain["ema"]) == (True, False)
+    assert plain["loss"] == pytest.approx(evaluation["loss"], rel=1e-5)
     assert average["acc1"] == evaluation["ema_acc1"]
     assert average["loss"] == pytest.approx(evaluation["ema_loss"], rel=1e-5)
     assert average["loss"] != pytest.approx(evaluation["loss"], rel=1e-5)
 
 
-def test_it_is_told_where_the_best_epoch_was_chosen_by_the_weights_that_are_not_scored(weights, score, tmp_path):
-    state = checkpoint.load(weights)
-    for chosen_by, flags, is_told in [("ema", [], True), ("ema", ["--ema"], False), ("model", [], False)]:
-        checkpoint.save({**state, "best": {**state["best"], "of": chosen_by}}, tmp_path / "chosen.pth")
-        said = score("--resume", tmp_path / "chosen.pth", *flags).stdout
-        assert ("the best epoch was that of their moving average (test.py --ema)" in said) is is_told
+def test_what_the_best_epoch_was_the_best_by_is_scored_and_told(weights, score, tmp_path):
+    state, path = checkpoint.load(weights), tmp_path / "chosen.pth"
+    for of, flags, scored in [
+        ("ema", [], "moving average"), ("ema", ["--weights", "model"], "weights"), ("model", [], "weights"),
+    ]:  # fmt: skip
+        checkpoint.save({**state, "best": {**state["best"], "of": of}}, path)
+        assert f"scoring the {scored} of {path}" in score("--resume", path, *flags).stdout
 
 
 def test_settings_that_differ_from_those_of_training_and_change_the_answers_are_told(weights, score):
@@ -281,7 +287,7 @@ def test_what_a_run_began_with_is_not_scored_with_its_configuration(trained, wei
     words = ["test.py", "--cfg", tmp_path / "config.yaml", "--data-path", tree]
     result = call(*words, "--resume", weights)
     assert result.code == 0, result.stderr
-    assert f"scoring {weights}" in result.stdout
+    assert f"of {weights}" in result.stdout
     (error,) = call(*words).errors
     assert error.startswith("no weights to score")
 
@@ -298,7 +304,7 @@ def test_moving_average_that_is_not_there_is_refused(weights, score, tmp_path):
     state = torch.load(weights, weights_only=True)
     checkpoint.save({**state, "ema": None}, tmp_path / "plain.pth")
     (error,) = score("--resume", tmp_path / "plain.pth", "--ema", code=2).errors
-    assert "--ema" in error
+    assert error.endswith("plain.pth holds no moving average: use --weights model")
 
 
 @pytest.mark.slow

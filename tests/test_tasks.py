@@ -73,7 +73,7 @@ def test_an_option_of_another_task_is_told_by_its_task():
 def test_a_checkpoint_of_another_task_is_neither_scored_nor_gone_on_with(save, tmp_path, task, other):
     config = configured(task, "MODEL.RESUME", save(other))
     with pytest.raises(UserError) as caught:
-        read_weights(config, random_weights=False)
+        read_weights(config)
     assert str(caught.value) == f"{save(other)} is {said(task, other)}"
     with pytest.raises(UserError) as caught:
         find_state(config, tmp_path / "run", ALONE)

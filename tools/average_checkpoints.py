@@ -28,7 +28,7 @@ from data.build import build_eval_data  # noqa: E402
 from models.build import load_weights  # noqa: E402
 from tools.averaging import greedy, look, uniform  # noqa: E402
 from utils import checkpoint  # noqa: E402
-from utils.cli import Parser, at_least, check_new, run  # noqa: E402
+from utils.cli import Parser, add_weights_choice, at_least, check_new, run  # noqa: E402
 from utils.dist import World, choose_device  # noqa: E402
 from utils.engine import evaluate  # noqa: E402
 from utils.errors import UserError, listing  # noqa: E402
@@ -48,12 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE.pth", help="the checkpoint to write, a new one"
     )
-    parser.add_argument(
-        "--weights",
-        choices=["auto", "model", "ema"],
-        default="auto",
-        help="the trained weights, or their moving average; auto takes what the best epoch of each was chosen by",
-    )
+    add_weights_choice(parser)
     parser.add_argument(
         "--cfg", type=Path, metavar="FILE", help="configuration of the average, instead of the checkpoints' own"
     )

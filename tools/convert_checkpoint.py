@@ -2,7 +2,7 @@
 
 Usage:
     python tools/convert_checkpoint.py groupmixformer_small.pth small.safetensors
-    python tools/convert_checkpoint.py output/digits/default/best.pth digits.pth --to published --ema
+    python tools/convert_checkpoint.py output/digits/default/best.pth digits.pth --to published
 
 The weights alone are written, as {"model": weights} in a .pth file. Every tensor of the input must be one that a
 GroupMixFormer has; nothing is dropped.
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from models.published import from_published, is_ours, is_published, to_published
 from utils import checkpoint
-from utils.cli import Parser, check_new, run
+from utils.cli import Parser, add_weights_choice, check_new, run
 from utils.errors import UserError, listing
-from utils.trained import chosen_by_ema
+from utils.trained import weights_name
 
 
 def main() -> None:
@@ -30,18 +30,16 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="a .pth or .safetensors file, of either naming")
     parser.add_argument("target", type=Path, help="the .pth or .safetensors file to write; none that exists")
     parser.add_argument("--to", choices=["ours", "published"], default="ours", help="names to write (default ours)")
-    parser.add_argument("--ema", action="store_true", help="take the moving average instead of the weights")
+    add_weights_choice(parser)
     arguments = parser.parse_args()
     check_new(arguments.target, "target")
     state = checkpoint.load_of(arguments.source, "classification")
-    if arguments.ema and not state.get("ema"):
-        raise UserError(f"{arguments.source} holds no moving average: leave --ema out")
-    weights = convert(state["ema" if arguments.ema else "model"], arguments.to, str(arguments.source))
+    name = weights_name(state, arguments.source, arguments.weights)
+    weights = convert(state[name], arguments.to, str(arguments.source))
     write(weights, arguments.target)
     names = "our" if arguments.to == "ours" else "the published"
-    print(f"{arguments.target}: {len(weights)} tensors under {names} names")
-    if not arguments.ema and chosen_by_ema(state):
-        print(f"the best epoch of {arguments.source} was chosen by its moving average, which --ema takes instead")
+    of = " of the moving average" if name == "ema" else ""
+    print(f"{arguments.target}: {len(weights)} tensors{of} under {names} names")
 
 
 def convert(weights: Mapping[str, Tensor], names: str, source: str) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def make_parser(
     Args:
         description: What the program does.
         data: What --data-path names.
-        scores: Whether the program only scores, and is told which weights by two flags more.
+        scores: Whether the program only scores, and is told which weights by flags more.
         measures_throughput: Whether it has --throughput.
     """
     parser = Parser(description)
@@ -91,8 +91,11 @@ def make_parser(
     if scores:
         parser.add_argument("--pretrained", metavar="FILE", help="weights to score")
         parser.add_argument("--resume", metavar="FILE", help="checkpoint to score, the same as --pretrained")
-        parser.add_argument("--ema", action="store_true", help="score the checkpoint's moving average")
-        parser.add_argument("--random-weights", action="store_true", help="score a network that knows nothing")
+        which = parser.add_mutually_exclusive_group()
+        add_weights_choice(which)
+        which.add_argument(
+            "--random-weights", action="store_const", const="random", dest="weights", help="those of a fresh network"
+        )
     else:
         parser.add_argument("--pretrained", metavar="FILE", help="weights to start from, or to score with --eval")
         parser.add_argument("--resume", metavar="FILE", help="checkpoint to go on from, or to score with --eval")
@@ -119,6 +122,17 @@ def make_parser(
     parser.add_argument("--zip", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--cache-mode", choices=["no", "full", "part"], help=argparse.SUPPRESS)
     return parser
+
+
+def add_weights_choice(parser: argparse._ActionsContainer) -> None:
+    """The flags that say which of a checkpoint's weights are meant: `weights` is 'auto', 'model' or 'ema'."""
+    parser.add_argument(
+        "--weights",
+        choices=["auto", "model", "ema"],
+        default="auto",
+        help="the trained weights, or their moving average; auto takes those by which its best epoch was the best",
+    )
+    parser.add_argument("--ema", action="store_const", const="ema", dest="weights", help="the same as --weights ema")
 
 
 def config_from(
@@ -160,10 +174,8 @@ def config_from(
     for path in (config.MODEL.RESUME, config.MODEL.PRETRAINED):
         if path and not Path(path).is_file():
             raise UserError(f"{path} is no file: name a checkpoint")
-        if path and scores and arguments.random_weights:
+        if path and scores and arguments.weights == "random":
             raise UserError(f"--random-weights scores a network that knows nothing, not {path}: leave one of them out")
-    if scores and arguments.random_weights and arguments.ema:
-        raise UserError("--random-weights has no moving average: leave --ema out")
     return config
 
 

@@ -89,6 +89,7 @@ def default_config() -> CfgNode:
                 "USE_CHECKPOINT": False,  # recompute activations in the backward pass
                 "RECOMPUTE": "all",  # of a block, under USE_CHECKPOINT; or cheap: keep products and convolutions
                 "EMA_DECAY": 0.0,  # 0: no moving average
+                "EMA_WARMUP": False,  # smaller decays first, for runs that are short beside 1 / (1 - EMA_DECAY) updates
                 "SYNC_BN": True,  # where several GPUs train
                 "COMPILE": False,  # by torch.compile, once for the blocks of each stage
                 "LR_SCHEDULER": {

@@ -105,9 +105,9 @@ class Keeper(Watch):
             scores: By 'model' and, where there is one, 'ema'.
         """
         training, epoch = self._training, self._training.progress.epoch
-        of = "ema" if training.ema else "model"
-        measures = scores[of].measures
+        measures = scores["model"].measures
         first = next(iter(measures))
+        of = max(reversed(scores), key=lambda name: getattr(scores[name], first))  # of equals the moving average
         reached = getattr(scores[of], first)
         is_best = self.best is None or reached > self.best[first]
         if is_best:

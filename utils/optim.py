@@ -99,7 +99,8 @@ def build_scheduler(config: CfgNode, optimizer: torch.optim.Optimizer, steps: St
 
 def build_ema(config: CfgNode, model: nn.Module) -> ModelEmaV3 | None:
     """timm's moving average of parameters and buffers, or None where it is off."""
-    return ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY) if config.TRAIN.EMA_DECAY > 0 else None
+    train = config.TRAIN
+    return ModelEmaV3(model, decay=train.EMA_DECAY, use_warmup=train.EMA_WARMUP) if train.EMA_DECAY > 0 else None
 
 
 def build_loss(config: CfgNode) -> nn.Module:

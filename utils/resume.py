@@ -19,7 +19,7 @@ from utils.config import accumulation_steps, check_task, differences, task_of
 from utils.dist import World, gather_objects, together
 from utils.engine import Training
 from utils.errors import UserError, listing
-from utils.trained import chosen_by_ema
+from utils.trained import weights_name
 
 _log = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ def start_from_pretrained(
     if not (path := config.MODEL.PRETRAINED):
         return
     state = checkpoint.load_of(path, task_of(config), "classification")  # which any backbone may start from
-    name = "ema" if state.get("ema") and chosen_by_ema(state) else "model"
+    name = weights_name(state, path, "auto")
     _log.info("starting from %s of %s", "the moving average" if name == "ema" else "the weights", path)
     sentences = load(network, state[name], path)
     if not sentences and (other := other_classes(state, classes)):  # the head was loaded, too

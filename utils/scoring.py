@@ -21,9 +21,35 @@ from utils.errors import UserError, listing
 from utils.metrics import Score, ScoreSums, Sums, TaskScore
 from utils.precision import Precision, memory_format
 from utils.seeding import number_for, seed_everything
-from utils.trained import chosen_by_ema
+from utils.trained import weights_name
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights to score.
+
+    Attributes:
+        kind: 'model' for trained ones, 'ema' for their moving average, 'random' for fresh ones.
+        source: Their file; 'random' for fresh ones.
+        tensors: They by name; none for fresh ones.
+        classes: Class names by number, where their checkpoint tells.
+    """
+
+    kind: str
+    source: str
+    tensors: dict[str, torch.Tensor]
+    classes: list[str] | None
+
+    def load_into(self, network: nn.Module) -> None:
+        """Gives them to a network, which is left as it was made where they are fresh.
+
+        Raises:
+            UserError: If they are of another network.
+        """
+        if self.kind != "random":
+            load_weights(network, self.tensors, self.source)
 
 
 @dataclass(frozen=True)
@@ -63,12 +89,37 @@ def weights_file(config: CfgNode) -> str:
     return resume or pretrained
 
 
+def read_weights(config: CfgNode, which: str = "auto") -> Weights:
+    """The weights to score; every rank must call, and make its network next.
+
+    Args:
+        config: The configuration, which names a checkpoint; fresh weights follow its SEED, as training's do.
+        which: 'model', 'ema' or 'auto' as in `weights_name`, or 'random' for fresh weights.
+
+    Raises:
+        UserError: If the configuration names no file, or two, or the file cannot be read, holds no such weights or is
+            of another task.
+    """
+    with together():
+        if which == "random":
+            seed_everything(number_for(config.SEED, "weights"))
+            return Weights(which, which, {}, None)
+        source = weights_file(config)
+        state = checkpoint.load_of(source, task_of(config))
+        is_ours = "checksum" in state  # others' checkpoints may call anything a configuration
+        changes = differences(config, state["config"]) if is_ours and state.get("config") else {}
+        if told := [change for key, change in changes.items() if key in KEYS_OF_ANSWERS]:
+            _log.warning("%s was trained with other settings: %s", source, listing(told, 20))
+        kind = weights_name(state, source, which)
+        _log.info("scoring %s of %s", "the moving average" if kind == "ema" else "the weights", source)
+        return Weights(kind, source, state[kind], state.get("classes"))
+
+
 def score_weights(
     config: CfgNode,
     world: World,
     precision: Precision,
-    use_ema: bool = False,
-    random_weights: bool = False,
+    weights: Weights,
     fused: bool = False,
     sums: ScoreSums | None = None,
 ) -> Scored:
@@ -78,8 +129,7 @@ def score_weights(
         config: The configuration.
         world: This process among all.
         precision: How to compute.
-        use_ema: Whether to take the moving average out of the checkpoint.
-        random_weights: Whether to score fresh weights instead of a checkpoint's.
+        weights: The weights.
         fused: Whether to rewrite the network for inference first.
         sums: Adds up the score, where more is wanted of it.
 
@@ -87,8 +137,7 @@ def score_weights(
         UserError: If weights, data and configuration do not fit together.
     """
     with together():
-        source, state = read_weights(config, random_weights)
-        classes = state.get("classes")
+        classes = weights.classes
         num_classes = config.MODEL.GMA.NUM_CLASSES or (len(classes) if classes else 0)
         if classes and num_classes != len(classes):
             raise UserError(
@@ -101,34 +150,12 @@ def score_weights(
                 "neither the checkpoint nor the data tells the number of classes: set MODEL.GMA.NUM_CLASSES"
             )
         network = build_model(config, num_classes or len(eval_data.classes or []))
-        if source:
-            load_weights(network, choose_weights(state, use_ema, source), source)
+        weights.load_into(network)
         network = fuse(network) if fused else network
         network.to(world.device, memory_format=memory_format(config))
         log_matched(eval_data.classes, classes)
     score, images_per_s = score_timed(network, eval_data, world, precision, sums)
     return Scored(score, images_per_s, network.num_classes, classes or eval_data.classes, eval_data)
-
-
-def read_weights(config: CfgNode, random_weights: bool) -> tuple[str | None, dict[str, Any]]:
-    """The file that the configuration says to score, and its checkpoint; None and nothing for fresh weights.
-
-    Fresh weights are made next, and follow SEED as those do that training starts from.
-
-    Raises:
-        UserError: If the configuration names no file, or two, or the file cannot be read or is of another task.
-    """
-    if random_weights:
-        seed_everything(number_for(config.SEED, "weights"))
-        return None, {}
-    source = weights_file(config)
-    _log.info("scoring %s", source)
-    state = checkpoint.load_of(source, task_of(config))
-    is_ours = "checksum" in state  # others' checkpoints may call anything a configuration
-    changes = differences(config, state["config"]) if is_ours and state.get("config") else {}
-    if told := [change for key, change in changes.items() if key in KEYS_OF_ANSWERS]:
-        _log.warning("%s was trained with other settings: %s", source, listing(told, 20))
-    return source, state
 
 
 def log_matched(found: list[str] | None, known: list[str] | None) -> None:
@@ -146,29 +173,12 @@ def score_timed(
     return score, score.images / (time.perf_counter() - start)
 
 
-def circumstances(
-    config: CfgNode, world: World, precision: Precision, use_ema: bool, images_per_s: float
-) -> dict[str, Any]:
+def circumstances(weights: Weights, world: World, precision: Precision, images_per_s: float) -> dict[str, Any]:
     """How a score came about, as --json tells it beside the score."""
     return {
         "images_per_s": images_per_s,
         "ranks": world.size,
         "precision": precision.name,
-        "weights": config.MODEL.RESUME or config.MODEL.PRETRAINED or "random",
-        "ema": use_ema,
+        "weights": weights.source,
+        "ema": weights.kind == "ema",
     }
-
-
-def choose_weights(state: dict[str, Any], use_ema: bool, source: str) -> dict[str, torch.Tensor]:
-    """A checkpoint's weights, or their moving average; says where its best epoch was chosen by the other.
-
-    Raises:
-        UserError: If it holds no moving average.
-    """
-    if not use_ema:
-        if state.get("ema") and chosen_by_ema(state):
-            _log.info("scoring the trained weights; the best epoch was that of their moving average (test.py --ema)")
-        return state["model"]
-    if not state.get("ema"):
-        raise UserError(f"{source} holds no moving average: leave --ema out")
-    return state["ema"]

@@ -12,7 +12,7 @@ from data.names import class_labels
 from models.build import build_model, load_weights
 from models.groupmixformer import GroupMixFormer
 from utils import checkpoint
-from utils.cli import Parser
+from utils.cli import Parser, add_weights_choice
 from utils.config import check_to_score, default_config, load_config, merge
 from utils.errors import UserError
 
@@ -46,12 +46,7 @@ def add_trained_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--cfg", type=Path, metavar="FILE", help="its configuration, where the checkpoint holds none: published weights"
     )
-    parser.add_argument(
-        "--weights",
-        choices=["auto", "model", "ema"],
-        default="auto",
-        help="the trained weights, or their moving average; auto takes the one that its best epoch was chosen by",
-    )
+    add_weights_choice(parser)
 
 
 def trained_from(arguments: argparse.Namespace) -> Trained:
@@ -65,7 +60,7 @@ def load_trained(source: Path, cfg: Path | None = None, weights: str = "auto") -
     Args:
         source: A checkpoint.
         cfg: A configuration that takes the place of the checkpoint's own.
-        weights: 'model', 'ema', or 'auto' for the one that the run's best epoch was chosen by.
+        weights: 'model', 'ema', or 'auto' for the one by which the run's best epoch was the best.
 
     Raises:
         UserError: If the checkpoint cannot be read, holds no configuration or weights as are asked for, or does not
@@ -88,28 +83,23 @@ def load_trained(source: Path, cfg: Path | None = None, weights: str = "auto") -
     return Trained(network.eval(), config, classes, labels, state, source, is_ema=name == "ema")
 
 
-def weights_name(state: Mapping[str, Any], source: Path, weights: str) -> str:
+def weights_name(state: Mapping[str, Any], source: str | Path, which: str) -> str:
     """The key of a checkpoint under which the weights lie that are asked for: 'model' or 'ema'.
 
     Args:
         state: The checkpoint.
         source: Its file, for errors.
-        weights: 'model', 'ema', or 'auto' for the one that the run's best epoch was chosen by.
+        which: 'model', 'ema', or 'auto' for the moving average where the run's best epoch was chosen by that.
 
     Raises:
         UserError: If the moving average is asked for and there is none.
     """
-    if weights == "model" or (weights == "auto" and not chosen_by_ema(state)):
-        return "model"
-    if not state.get("ema"):
-        raise UserError(f"{source} holds no moving average: use --weights model")
-    return "ema"
-
-
-def chosen_by_ema(state: Mapping[str, Any]) -> bool:
-    """Whether a run's best epoch was chosen by the moving average, as its checkpoint tells."""
     best = state.get("best")
-    return isinstance(best, Mapping) and best.get("of") == "ema"
+    if which == "auto":
+        return "ema" if state.get("ema") and isinstance(best, Mapping) and best.get("of") == "ema" else "model"
+    if which == "ema" and not state.get("ema"):
+        raise UserError(f"{source} holds no moving average: use --weights model")
+    return which
 
 
 def saved_config(state: Mapping[str, Any], source: Path) -> CfgNode:
