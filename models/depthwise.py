@@ -24,35 +24,39 @@ class DepthwiseConv2d(nn.Conv2d):
     Args:
         channels: Its channels C.
         kernel_size: Odd size k of the kernels.
+        dilation: Pixels from one of their weights to the next.
         **kwargs: Further settings of `nn.Conv2d`: bias, device, dtype.
     """
 
-    def __init__(self, channels: int, kernel_size: int, **kwargs: Any) -> None:
-        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, **kwargs)
+    def __init__(self, channels: int, kernel_size: int, dilation: int = 1, **kwargs: Any) -> None:
+        geometry = {"padding": dilation * (kernel_size // 2), "dilation": dilation, "groups": channels}
+        super().__init__(channels, channels, kernel_size, **geometry, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
-        return depthwise_conv2d(x, self.weight, self.bias)
+        return depthwise_conv2d(x, self.weight, self.bias, self.dilation[0])
 
 
-def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """Convolves each channel with a kernel of its own, and keeps height and width.
 
     Args:
         x: Images, [B, C, H, W].
         weight: Kernels of odd size, [C, 1, k, k].
         bias: [C], or None.
+        dilation: Pixels from one weight of a kernel to the next.
 
     Returns:
         [B, C, H, W].
     """
-    if not torch.jit.is_scripting() and _learns_in_strips(x, weight):
-        return _LearnedInStrips.apply(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return _convolve(x, weight, bias)
+    if not torch.jit.is_scripting() and _learns_in_strips(x, weight) and dilation == 1:
+        return _LearnedInStrips.apply(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), dilation)
+    return _convolve(x, weight, bias, dilation)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    padding = dilation * (weight.shape[-1] // 2)
+    return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
 
 
 @torch.jit.unused
@@ -71,17 +75,18 @@ class _LearnedInStrips(torch.autograd.Function):
     forward = staticmethod(_convolve)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        needs_x, _, needs_bias = ctx.needs_input_grad
+        needs_x, _, needs_bias, _ = ctx.needs_input_grad
         return (
             _input_gradient(grad, x, weight) if needs_x else None,
             _weight_gradient(grad, x, weight.shape[-1]),
             grad.sum((0, 2, 3)) if needs_bias else None,  # which oneDNN computes with that of all weights only
+            None,
         )
 
 

@@ -93,7 +93,7 @@ def _fuse_children(module: nn.Module) -> None:
             setattr(module, name, nn.Identity())
         elif isinstance(child, PositionalConv):
             setattr(module, name, TokenConv(_with_residual(child.conv)))
-        elif isinstance(child, RelativePosition):
+        elif isinstance(child, RelativePosition) and all(conv.dilation == (1, 1) for conv in child.convs):
             setattr(module, name, TokenConv(_one_window(child.convs)))
         elif isinstance(child, GroupMixBlock):
             child.recompute = ""
@@ -126,13 +126,13 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def _three_times(conv: nn.Conv2d) -> nn.Conv2d:
-    return _depthwise(conv.weight.repeat(3, 1, 1, 1), None)
+    return _depthwise(conv.weight.repeat(3, 1, 1, 1), None, conv.dilation[0])
 
 
 def _with_residual(conv: nn.Conv2d) -> nn.Conv2d:
     weight = conv.weight.clone()
     weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2] += 1
-    return _depthwise(weight, conv.bias)
+    return _depthwise(weight, conv.bias, conv.dilation[0])
 
 
 def _one_window(convs: nn.ModuleList) -> nn.Conv2d:
@@ -142,9 +142,10 @@ def _one_window(convs: nn.ModuleList) -> nn.Conv2d:
     return _depthwise(torch.cat(weights), torch.cat([conv.bias for conv in convs]))
 
 
-def _depthwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+def _depthwise(weight: Tensor, bias: Tensor | None, dilation: int = 1) -> nn.Conv2d:
     channels, _, size, _ = weight.shape
-    conv = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=bias is not None, device="meta")
+    geometry = {"padding": dilation * (size // 2), "dilation": dilation, "groups": channels}
+    conv = nn.Conv2d(channels, channels, size, bias=bias is not None, device="meta", **geometry)
     conv.weight = nn.Parameter(weight)
     if bias is not None:
         conv.bias = nn.Parameter(bias.clone())

@@ -116,12 +116,13 @@ class SegmentProjection(nn.Linear):
 class GroupProxy(SeparableConv):
     """A separable convolution whose weights serve queries, keys and values, which lie side by side.
 
-    The batch norm sees all three, as if they stood in a row: [B, H, W, 3C] -> [B, H, W, 3C].
+    The batch norm sees all three, as if they stood in a row: [B, H, W, 3C] -> [B, H, W, 3C]. Of `conv_dw`, which is
+    not called, the weight and the dilation are used.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         weight = to_image(torch.cat([to_tokens(self.conv_dw.weight)] * 3))  # so that its gradient keeps its layout
-        x = depthwise_conv2d(to_image(x), weight)
+        x = depthwise_conv2d(to_image(x), weight, None, self.conv_dw.dilation[0])
         return from_row(self.act(self.norm(self.conv_pw(to_row(to_tokens(x))))))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.depthwise import depthwise_conv2d
+from models.depthwise import DepthwiseConv2d, depthwise_conv2d
 from tests.reference import depthwise as plain
 from tests.test_groupmixformer import small_model
 
@@ -107,6 +107,20 @@ def test_wider_types_are_those_of_a_convolution_bit_for_bit(dtype):
     assert all(torch.equal(*pair) for pair in zip(gradients, expected_gradients, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_may_be_dilated(dtype):
+    def dilated(x, weight, bias):
+        return F.conv2d(x, weight, bias, padding=4, dilation=2, groups=8)
+
+    layer = DepthwiseConv2d(8, 5, dilation=2)
+    x, weight, bias = inputs(5, dtype=dtype)
+    out, gradients = output_and_gradients(lambda *tensors: depthwise_conv2d(*tensors, dilation=2), [x, weight, bias])
+    expected, expected_gradients = output_and_gradients(dilated, [x, weight, bias])
+    assert torch.equal(out, expected)
+    assert all(torch.equal(*pair) for pair in zip(gradients, expected_gradients, strict=True))
+    assert torch.equal(layer(x.float()), dilated(x.float(), layer.weight, layer.bias))
+
+
 def test_images_that_need_no_gradient_get_none():
     x, weight, bias = inputs(5)
     with WeightGradients() as taken:
@@ -143,10 +157,10 @@ def test_a_trace_shows_a_convolution():
 
 
 def test_a_symbolic_trace_shows_a_convolution_and_computes_the_same():
-    traced = torch.fx.symbolic_trace(depthwise_conv2d, concrete_args={"bias": None})
+    traced = torch.fx.symbolic_trace(depthwise_conv2d, concrete_args={"bias": None, "dilation": 1})
     assert F.conv2d in [node.target for node in traced.graph.nodes]
     tensors = inputs(7, bias=False)
-    assert torch.equal(traced(*tensors, None), depthwise_conv2d(*tensors))
+    assert torch.equal(traced(*tensors, None, 1), depthwise_conv2d(*tensors))
 
 
 def test_parameters_learn_in_float32_under_autocast_as_in_plain_convolutions(monkeypatch):

@@ -85,6 +85,18 @@ class TestAnswers:
         ]:
             torch.testing.assert_close(fuse(network)(x), network(x), rtol=1e-10, atol=1e-12)
 
+    def test_they_hold_for_dilated_kernels(self):
+        model, plain = trained_model().eval(), trained_model().eval()
+        block = model.stages[0].blocks[0]
+        for conv, dilation in [
+            (block.cpe.conv, 2), (block.attn.aggregator.proxies[1].conv_dw, 3), (block.attn.position.convs[0], 2),
+        ]:  # fmt: skip
+            conv.dilation, conv.padding = (dilation, dilation), (dilation * (conv.kernel_size[0] // 2),) * 2
+            x = images(2, 64, 64).double()
+            assert relative_error(model(x), plain(x)) > 1e-8
+            assert relative_error(fuse(model)(x), model(x).detach()) < 1e-12
+            plain = copy.deepcopy(model)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_they_are_as_near_in_half_precision(self, dtype):
         model = trained_model().eval()

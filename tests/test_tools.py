@@ -128,7 +128,7 @@ def test_conversion_takes_the_moving_average_when_asked_and_refuses_where_there_
     assert code == 2 and "no moving average" in err and not (tmp_path / "n.pth").exists()
 
 
-def test_conversion_takes_and_tells_what_the_best_epoch_of_a_run_was_the_best_by(start, weights, tmp_path):
+def test_conversion_takes_and_tells_what_the_best_epoch_of_a_run_was_chosen_by(start, weights, tmp_path):
     state = torch.load(weights)["model"]
     checkpoint.save({"model": state, "ema": state, "best": {"of": "ema"}}, tmp_path / "run.pth")
     _, average, _ = start("tools/convert_checkpoint.py", tmp_path / "run.pth", tmp_path / "a.pth")

@@ -130,7 +130,7 @@ def add_weights_choice(parser: argparse._ActionsContainer) -> None:
         "--weights",
         choices=["auto", "model", "ema"],
         default="auto",
-        help="the trained weights, or their moving average; auto takes those by which its best epoch was the best",
+        help="the trained weights, or their moving average; auto takes what its best epoch was chosen by",
     )
     parser.add_argument("--ema", action="store_const", const="ema", dest="weights", help="the same as --weights ema")
 
