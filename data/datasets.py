@@ -9,6 +9,7 @@ decides.
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from unicodedata import normalize
 
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from yacs.config import CfgNode
 
-from data.files import folders_in, walk
+from data.files import endings, files_below, folders_in, walk
 from data.samplers import SampleKey
 from data.tar import TarSource
 from data.transforms import Transform
@@ -81,7 +82,11 @@ class FolderSource:
         full = {number for _, number in self._samples}
         empty = [name for number, name in enumerate(self.classes) if number not in full]
         if empty and not allow_empty:
-            raise UserError(f"{root} has classes without images ({listing(empty)}): add images or remove the folders")
+            others = endings(str(path) for name in empty for path in files_below(root / name))
+            told = f"; files of other endings there: {listing(sorted(others))}" if others else ""
+            raise UserError(
+                f"{root} has classes without images ({listing(empty)}{told}): add images or remove the folders"
+            )
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -369,6 +374,8 @@ def check_same_classes(train: list[str] | None, val: list[str] | None) -> None:
         if names
     ]
     difference = "; ".join(sides) or "the same ones in another order"
+    if only_train and {normalize("NFC", name) for name in only_train} == {normalize("NFC", name) for name in only_val}:
+        difference += "; the same letters, but other bytes of Unicode"
     raise UserError(f"training and validation classes differ ({difference}): make the folders agree")
 
 

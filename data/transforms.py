@@ -61,7 +61,7 @@ def train_transform(config: CfgNode) -> Transform:
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(
             f"AUG.AUTO_AUGMENT is {name!r}, which timm does not know ({error!r}): "
-            "write it as rand-m9-mstd0.5-inc1, augmix-m3-w3, original, or none"
+            "write it as rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a, or none"
         ) from None
     if config.DATA.LOADING == "exact":
         return Transform(partial(as_mode, mode=mode), transform)

@@ -22,6 +22,7 @@ from models.build import build_model
 from utils import config as config_module
 from utils.config import (
     accumulation_steps,
+    changes_answers,
     check,
     check_to_score,
     default_config,
@@ -801,3 +802,12 @@ def test_mixing_is_on_when_any_kind_of_it_is(mixup, cutmix, minmax, mixed):
 @pytest.mark.parametrize(("given_steps", "steps"), [(0, 1), (1, 1), (4, 4)])
 def test_accumulation_of_none_is_one_step(given_steps, steps):
     assert accumulation_steps(configured(TRAIN__ACCUMULATION_STEPS=given_steps)) == steps
+
+
+def test_what_changes_answers_is_all_of_the_network_and_of_what_its_input_is_made_by():
+    keys = {key for key, _ in flatten(default_config()) if changes_answers(key)}
+    of_network = {"PATCH_SIZE", "IN_DIM", "NUM_STAGES", "EMBEDDING_DIMS", "SERIAL_DEPTHS", "NUM_HEADS", "MLP_RATIOS"}
+    of_network |= {"QKV_BIAS", "QKV_SCALE"}
+    of_input = {"DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "TEST.CROP"}
+    assert keys == {f"MODEL.GMA.{name}" for name in of_network} | of_input
+    assert changes_answers("MODEL.GMA.A_NEW_ONE")

@@ -113,9 +113,12 @@ def test_a_folder_without_classes_is_named(tmp_path):
 def test_a_class_without_images_is_named(tmp_path):
     write_folder(tmp_path, {"full": 1})
     (tmp_path / "hollow").mkdir()
-    with pytest.raises(UserError, match="hollow") as caught:
+    with pytest.raises(UserError, match=r"classes without images \(hollow\): add") as caught:
         FolderSource(tmp_path)
     assert "\n" not in str(caught.value)
+    (tmp_path / "hollow" / "moving.gif").touch()
+    with pytest.raises(UserError, match=r"classes without images \(hollow; files of other endings there: \.gif\)"):
+        FolderSource(tmp_path)
 
 
 @pytest.mark.parametrize("place", ["", "a", "a/more"])
@@ -527,7 +530,8 @@ def test_unnamed_classes_are_taken_where_their_number_fits():
         (["a", "b"], ["a"], "only in training: b"),
         (["a"], ["a", "c"], "only in validation: c"),
         (["a", "b"], ["a", "c"], "only in training: b; only in validation: c"),
-        (["a", "b"], ["b", "a"], "another order"),
+        (["a", "b"], ["b", "a"], "(the same ones in another order):"),
+        (["a\u0308"], ["\u00e4"], "the same letters, but other bytes of Unicode"),
     ],
 )
 def test_training_and_validation_must_have_the_same_classes(train, val, told):

@@ -101,13 +101,23 @@ def test_an_unknown_optimizer_is_refused_by_its_key():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", list_optimizers())
 def test_an_optimizer_of_timm_trains_or_is_refused_by_its_key(name):
+    info, betas = get_optimizer_info(name), [0.9, 0.99, 0.999]
+    values = {"TRAIN__OPTIMIZER__NAME": name, "TRAIN__OPTIMIZER__BETAS": betas[: max(info.num_betas, 2)]}
     try:
-        optimizer = build_optimizer(configured(TRAIN__OPTIMIZER__NAME=name), small_network(), 1)
+        optimizer = build_optimizer(configured(**values), small_network(), 1)
     except UserError as error:
         assert "TRAIN.OPTIMIZER" in str(error)
         return
     assert isinstance(optimizer, torch.optim.Optimizer)
-    assert not get_optimizer_info(name).second_order  # such ones need gradients of gradients
+    assert not info.second_order  # such ones need gradients of gradients
+    group = optimizer.param_groups[0]
+    assert "betas" not in group or list(group["betas"]) == betas[: info.num_betas]
+
+
+@pytest.mark.parametrize(("name", "betas"), [("adan", [0.9, 0.999]), ("adamw", [0.9, 0.99, 0.999])])
+def test_another_number_of_betas_than_the_optimizer_takes_is_refused(name, betas):
+    with pytest.raises(UserError, match=rf"{name} takes \d betas, and TRAIN\.OPTIMIZER\.BETAS is \[.*\]: give as many"):
+        build_optimizer(configured(TRAIN__OPTIMIZER__NAME=name, TRAIN__OPTIMIZER__BETAS=betas), small_network(), 1)
 
 
 def test_muon_computes_in_float32_on_a_cpu():

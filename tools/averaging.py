@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 
 from models.published import from_published, is_published
 from utils import checkpoint
-from utils.config import KEYS_OF_ANSWERS, flatten, lookup
+from utils.config import changes_answers, flatten, lookup
 from utils.errors import UserError, listing
 from utils.metrics import Score, describe
 from utils.trained import saved_config, weights_name
@@ -164,7 +164,7 @@ def check_same_settings(one: Ingredient, other: Ingredient) -> None:
         return
     for key, old in flatten(one.config):
         new = lookup(other.config, key)
-        if key in KEYS_OF_ANSWERS and old != new:
+        if changes_answers(key) and old != new:
             raise UserError(
                 f"{other.path} has {key} {new} and {one.path} {old}: leave one of them out, or name the configuration "
                 "of the average with --cfg"

@@ -16,12 +16,18 @@ from yacs.config import CfgNode
 
 from utils.errors import UserError, listing
 
-# What a network makes of an image depends on these, beside its weights; each task has some of them.
-KEYS_OF_ANSWERS = frozenset(
+_KEYS_OF_INPUT = frozenset(
     {"DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "DATA.SHORT_SIDE", "DATA.SHORT_SIDES"}
-    | {"DATA.LONG_SIDE", "DATA.REDUCE_ZERO_LABEL", "MODEL.GMA.NUM_HEADS", "MODEL.GMA.QKV_SCALE", "TEST.CROP"}
+    | {"DATA.LONG_SIDE", "DATA.REDUCE_ZERO_LABEL", "TEST.CROP"}
     | {"MODEL.DETECTOR.ANCHOR_SIZES", "MODEL.DETECTOR.ANCHOR_RATIOS"}
 )
+_KEYS_OF_TRAINING = frozenset(f"MODEL.GMA.{name}_RATE" for name in ("DROP", "ATTN_DROP", "DROP_PATH"))
+
+
+def changes_answers(key: str) -> bool:
+    """Whether what a network makes of an image depends on a key, beside its weights."""
+    of_network = key.startswith("MODEL.GMA.") and key != "MODEL.GMA.NUM_CLASSES" and key not in _KEYS_OF_TRAINING
+    return of_network or key in _KEYS_OF_INPUT
 
 
 def default_config() -> CfgNode:
@@ -104,8 +110,8 @@ def default_config() -> CfgNode:
                 "SCALE": [0.08, 1.0],  # area of the random crop
                 "RATIO": [0.75, 4 / 3],  # its width over its height
                 "HFLIP": 0.5,
-                "COLOR_JITTER": 0.4,  # where AUTO_AUGMENT is none
-                "AUTO_AUGMENT": "rand-m9-mstd0.5-inc1",  # timm's notation, or none
+                "COLOR_JITTER": 0.4,  # where AUTO_AUGMENT is none or 3a
+                "AUTO_AUGMENT": "rand-m9-mstd0.5-inc1",  # timm's notation, also augmix-.., original, 3a; or none
                 "REPROB": 0.25,
                 "REMODE": "pixel",
                 "RECOUNT": 1,
@@ -494,8 +500,8 @@ def _check_network(config: CfgNode) -> None:
 
 def _check_training(config: CfgNode) -> None:
     train, betas = config.TRAIN, config.TRAIN.OPTIMIZER.BETAS
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"TRAIN.OPTIMIZER.BETAS is {betas}: give two numbers from 0 to below 1")
+    if len(betas) < 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"TRAIN.OPTIMIZER.BETAS is {betas}: give two numbers or more from 0 to below 1")
     if not train.WARMUP_UPDATES and train.WARMUP_EPOCHS > train.EPOCHS:
         raise UserError(f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is more than TRAIN.EPOCHS {train.EPOCHS}: lower it")
     milestones = train.LR_SCHEDULER.MILESTONES

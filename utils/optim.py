@@ -40,7 +40,12 @@ def build_optimizer(config: CfgNode, model: nn.Module, ranks: int) -> torch.opti
             f"TRAIN.OPTIMIZER.NAME {name} needs second derivatives, which are not computed here: choose another"
         )
     special: dict[str, Any] = {"eps": settings.EPS} if info.has_eps else {}
-    if info.has_betas and info.num_betas == len(settings.BETAS):
+    if info.has_betas:
+        if info.num_betas != len(settings.BETAS):
+            raise UserError(
+                f"TRAIN.OPTIMIZER.NAME {name} takes {info.num_betas} betas, and TRAIN.OPTIMIZER.BETAS is "
+                f"{settings.BETAS}: give as many"
+            )
         special["betas"] = tuple(settings.BETAS)
     if callable(info.opt_class) and "fused" in inspect.signature(info.opt_class).parameters:
         special["fused"] = True  # one kernel for all parameters, where torch has one

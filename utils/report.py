@@ -16,8 +16,15 @@ from utils.optim import learning_rate_scale
 _log = logging.getLogger(__name__)
 
 
-def log_plan(config: CfgNode, training: Training, val_images: int) -> None:
-    """Says what is about to run."""
+def log_plan(config: CfgNode, training: Training, train_images: int, val_images: int) -> None:
+    """Says what is about to run.
+
+    Args:
+        config: The configuration.
+        training: What trains.
+        train_images: How many images are trained on, 0 where a stream does not tell.
+        val_images: How many are scored, likewise.
+    """
     parameters = sum(parameter.numel() for parameter in training.network.parameters())
     steps, world = training.steps, training.world
     images = training.batch_size * world.size * steps.accumulation
@@ -28,7 +35,9 @@ def log_plan(config: CfgNode, training: Training, val_images: int) -> None:
         f"{world.size} rank(s) on {world.device.type}, {training.precision.name}, {torch.get_num_threads()} CPU threads"
     )
     _log.info(f"{steps.epochs} epochs of {steps.updates_per_epoch} updates of {images} images, up to lr {lr:.3g}")
-    _log.info(f"loss {type(training.criterion).__name__}{done}; {val_images or 'unknown'} validation images")
+    _log.info(f"loss {type(training.criterion).__name__}{done}")
+    of = [f"{count:,}" if count else "an unknown number of" for count in (train_images, val_images)]
+    _log.info(f"{of[0]} images to train on, {of[1]} to score")
 
 
 def log_report(report: Report, training: Training, metrics: MetricsLog) -> None:

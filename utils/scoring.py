@@ -14,7 +14,7 @@ from data.build import EvalData, build_eval_data
 from models.build import build_model, load_weights
 from models.fuse import fuse
 from utils import checkpoint
-from utils.config import KEYS_OF_ANSWERS, differences, task_of
+from utils.config import changes_answers, differences, task_of
 from utils.dist import World, together
 from utils.engine import evaluate
 from utils.errors import UserError, listing
@@ -108,7 +108,7 @@ def read_weights(config: CfgNode, which: str = "auto") -> Weights:
         state = checkpoint.load_of(source, task_of(config))
         is_ours = "checksum" in state  # others' checkpoints may call anything a configuration
         changes = differences(config, state["config"]) if is_ours and state.get("config") else {}
-        if told := [change for key, change in changes.items() if key in KEYS_OF_ANSWERS]:
+        if told := [change for key, change in changes.items() if changes_answers(key)]:
             _log.warning("%s was trained with other settings: %s", source, listing(told, 20))
         kind = weights_name(state, source, which)
         _log.info("scoring %s of %s", "the moving average" if kind == "ema" else "the weights", source)

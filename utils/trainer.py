@@ -87,7 +87,7 @@ def train(config: CfgNode, world: World, precision: Precision, task: Task) -> No
                 "going on from %s, epoch %d, update %d", found.path, training.progress.epoch, training.progress.place
             )
             found.state.clear()  # all of it is in place, and would fill memory for as long as the run lasts
-        log_plan(config, training, eval_data.images)
+        log_plan(config, training, train_data.images, eval_data.images)
         try:
             run_epochs(config, task, training, train_data, eval_data, keeper)
         finally:

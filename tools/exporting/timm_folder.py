@@ -8,6 +8,7 @@ import timm
 from safetensors.torch import save
 
 from data.transforms import eval_settings
+from models.build import network_settings
 from models.groupmixformer import GroupMixFormer
 from tools.exporting.card import model_card
 from tools.exporting.checking import Run
@@ -35,18 +36,13 @@ def hub_config(trained: Trained, variant: str | None) -> dict[str, Any]:
         trained: The classifier.
         variant: The registered network that it is, or None.
     """
-    config, network = trained.config, trained.network
-    gma, data = config.MODEL.GMA, config.DATA
+    config, network, data = trained.config, trained.network, trained.config.DATA
     architecture = variant or _OTHERWISE
     arguments = {
-        "in_chans": network.in_chans,
-        "embed_dims": gma.EMBEDDING_DIMS,
-        "depths": gma.SERIAL_DEPTHS,
-        "mlp_ratios": gma.MLP_RATIOS,
-        "num_heads": gma.NUM_HEADS,
-        "qkv_bias": gma.QKV_BIAS,
+        name: value
+        for name, value in {"in_chans": network.in_chans, **network_settings(config)}.items()
+        if value is not None and not name.endswith("_rate")  # which are for training
     }
-    arguments |= {} if gma.QKV_SCALE is None else {"qk_scale": gma.QKV_SCALE}
     defaults = timm.get_pretrained_cfg(architecture).to_dict(remove_source=True)
     settings = eval_settings(config)
     pretrained = defaults | {
