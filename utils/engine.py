@@ -48,7 +48,7 @@ class Training:
             teacher's answers put beside the targets; may draw, and is seeded likewise.
         precision: How the network computes.
         world: This process among all.
-        steps: Steps and updates of the run.
+        steps: Steps and updates of the training.
         batch_size: Images of a micro-batch on each rank.
         clip_grad: Largest gradient norm of an update, 0 for no clipping.
         most_left_out: Updates in a row that the loss scaler may leave out.
@@ -97,11 +97,11 @@ class Watch:
         """Told how training goes."""
 
 
-def train_one_epoch(run: Training, loader: Batches, report_every: int, watch: Watch) -> None:
+def train_one_epoch(training: Training, loader: Batches, report_every: int, watch: Watch) -> None:
     """Trains to the end of the epoch that the run is in.
 
     Args:
-        run: All that an update needs.
+        training: All that an update needs.
         loader: Micro-batches of this rank for this epoch, from the place that the run has reached.
         report_every: Updates between reports; the last update of an epoch is always reported.
         watch: Told what happens.
@@ -111,8 +111,8 @@ def train_one_epoch(run: Training, loader: Batches, report_every: int, watch: Wa
             the update is not taken. Under the loss scaler this is normal, and the update is left out.
         UserError: If too many updates in a row are left out, or the loader gives fewer batches than an epoch has.
     """
-    run.model.train()
-    progress, steps, world = run.progress, run.steps, run.world
+    training.model.train()
+    progress, steps, world = training.progress, training.steps, training.world
     meter, batches = Meter(world.device), iter(loader)
     with tqdm(
         total=steps.updates_per_epoch,
@@ -121,10 +121,10 @@ def train_one_epoch(run: Training, loader: Batches, report_every: int, watch: Wa
         disable=None if world.is_main else True,
     ) as bar:
         while progress.place < steps.updates_per_epoch:
-            signal, failed = _take_update(run, batches, meter, watch)
+            signal, failed = _take_update(training, batches, meter, watch)
             bar.update()
             if progress.place % report_every == 0 or progress.place == steps.updates_per_epoch:
-                lr = max(group["lr"] for group in run.optimizer.param_groups)
+                lr = max(group["lr"] for group in training.optimizer.param_groups)
                 latest = meter.report(progress, steps, lr)
                 bar.set_postfix_str(
                     f"loss {latest.loss:.3f}, lr {latest.lr:.2e}, {latest.images_per_s:.0f} images/s, "
@@ -134,68 +134,69 @@ def train_one_epoch(run: Training, loader: Batches, report_every: int, watch: Wa
             watch.on_update(signal, failed)
 
 
-def _take_update(run: Training, batches: Iterator[Any], meter: Meter, watch: Watch) -> tuple[int, bool]:
+def _take_update(training: Training, batches: Iterator[Any], meter: Meter, watch: Watch) -> tuple[int, bool]:
     """Takes the update of the place that the run is at, or leaves it out; returns the alarms of all ranks."""
-    progress = run.progress
-    micro_steps = run.steps.steps_of_update(progress.place)
-    meter.add_update(micro_steps * run.batch_size * run.world.size)
+    progress = training.progress
+    micro_steps = training.steps.steps_of_update(progress.place)
+    meter.add_update(micro_steps * training.batch_size * training.world.size)
     if (progress.epoch, progress.place) in progress.skip:
         for _ in range(micro_steps):
-            _next(run, batches, meter)
+            _next(training, batches, meter)
         progress.leave_out()
         return 0, False
     # A forward pass that overflows under the loss scaler spoils the running statistics of batch norms, too.
-    buffers = [buffer.clone() for buffer in run.network.buffers()] if run.scaler.is_enabled() else []
-    loss, complaints = _accumulate(run, batches, micro_steps, meter)
-    run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(run.network.parameters(), run.clip_grad or math.inf)
+    buffers = [buffer.clone() for buffer in training.network.buffers()] if training.scaler.is_enabled() else []
+    loss, complaints = _accumulate(training, batches, micro_steps, meter)
+    training.scaler.unscale_(training.optimizer)
+    norm = nn.utils.clip_grad_norm_(training.network.parameters(), training.clip_grad or math.inf)
     votes = _vote(loss, norm, len(complaints), *watch.alarm())
     if votes.complaints:
         watch.on_broken([complaint for of_rank in gather_objects(complaints) for complaint in of_rank])
     if votes.are_finite:
-        run.scheduler.step_update(progress.updates)
-        run.scaler.step(run.optimizer)
-        progress.take(math.fsum(votes.losses) / run.world.size, votes.grad_norm)
-        if run.ema:
-            run.ema.update(run.network, step=progress.updates)
+        training.scheduler.step_update(progress.updates)
+        training.scaler.step(training.optimizer)
+        progress.take(math.fsum(votes.losses) / training.world.size, votes.grad_norm)
+        if training.ema:
+            training.ema.update(training.network, step=progress.updates)
     else:
-        _leave_out(run, votes, buffers)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
+        _leave_out(training, votes, buffers)
+    training.scaler.update()
+    training.optimizer.zero_grad(set_to_none=True)
     return votes.signal, votes.failed
 
 
-def _accumulate(run: Training, batches: Iterator[Any], micro_steps: int, meter: Meter) -> tuple[Tensor, list[str]]:
+def _accumulate(training: Training, batches: Iterator[Any], micro_steps: int, meter: Meter) -> tuple[Tensor, list[str]]:
     """Adds up the gradients of an update's micro-batches; returns its loss, and complaints about its images."""
-    position = run.progress.position(run.steps.updates_per_epoch)
-    total, complaints = torch.zeros((), dtype=torch.float64, device=run.world.device), []
+    position = training.progress.position(training.steps.updates_per_epoch)
+    total, complaints = torch.zeros((), dtype=torch.float64, device=training.world.device), []
     for micro_step in range(micro_steps):
-        images, targets, of_batch = _next(run, batches, meter)
+        images, targets, of_batch = _next(training, batches, meter)
         complaints += filter(None, of_batch)
-        seed_everything(number_for(run.seed, "step", position, micro_step, run.world.rank))
-        images = run.finish(images)
-        if run.batch_transform:
-            images, targets = run.batch_transform(images, targets)
+        seed_everything(number_for(training.seed, "step", position, micro_step, training.world.rank))
+        images = training.finish(images)
+        if training.batch_transform:
+            images, targets = training.batch_transform(images, targets)
         is_last = micro_step == micro_steps - 1
-        with run.model.no_sync() if hasattr(run.model, "no_sync") and not is_last else nullcontext():
-            with run.precision.autocast():
-                loss = run.criterion(run.model(images), targets) / micro_steps
-            run.scaler.scale(loss).backward()
+        with training.model.no_sync() if hasattr(training.model, "no_sync") and not is_last else nullcontext():
+            with training.precision.autocast():
+                loss = training.criterion(training.model(images), targets) / micro_steps
+            training.scaler.scale(loss).backward()
         total += loss.detach().double()
     return total, complaints
 
 
-def _next(run: Training, batches: Iterator[Any], meter: Meter) -> tuple[Any, Any, list[str]]:
+def _next(training: Training, batches: Iterator[Any], meter: Meter) -> tuple[Any, Any, list[str]]:
     since = time.perf_counter()
     batch = next(batches, None)
     if batch is None:
         raise UserError(
-            f"the data gave fewer than the {run.steps.steps_per_epoch} batches of epoch {run.progress.epoch}: "
-            "a stream's shards are missing or hold fewer images than its index says; mend them"
+            f"the data gave fewer than the {training.steps.steps_per_epoch} batches of epoch "
+            f"{training.progress.epoch}: a stream's shards are missing or hold fewer images than its index says; "
+            "mend them"
         )
     images, targets, complaints = batch
-    images = images.to(run.world.device, non_blocking=True)
-    targets = targets.to(run.world.device, non_blocking=True)
+    images = images.to(training.world.device, non_blocking=True)
+    targets = targets.to(training.world.device, non_blocking=True)
     meter.add_data_seconds(time.perf_counter() - since)
     return images, targets, complaints
 
@@ -224,18 +225,18 @@ def _vote(loss: Tensor, norm: Tensor, complaints: int, signal: int, failed: bool
     return _Votes(losses, grad_norm, int(sum(complaints_of)), int(max(signals)), any(failures))
 
 
-def _leave_out(run: Training, votes: _Votes, buffers: list[Tensor]) -> None:
-    progress = run.progress
+def _leave_out(training: Training, votes: _Votes, buffers: list[Tensor]) -> None:
+    progress = training.progress
     where = f"update {progress.place + 1} of epoch {progress.epoch}"
     losses = ", ".join(f"{loss} on rank {rank}" for rank, loss in enumerate(votes.losses) if not math.isfinite(loss))
     what = f"the loss became {losses}" if losses else f"the norm of the gradients became {votes.grad_norm}"
-    if not run.scaler.is_enabled():
-        run.optimizer.zero_grad(set_to_none=True)
+    if not training.scaler.is_enabled():
+        training.optimizer.zero_grad(set_to_none=True)
         raise NotFiniteError(f"{what} at {where}", votes.losses, votes.grad_norm)
-    for buffer, before in zip(run.network.buffers(), buffers, strict=True):
+    for buffer, before in zip(training.network.buffers(), buffers, strict=True):
         buffer.copy_(before)
     progress.leave_out()
-    if progress.left_out_in_row >= run.most_left_out:
+    if progress.left_out_in_row >= training.most_left_out:
         raise UserError(
             f"{what} at {where}, and {progress.left_out_in_row} updates in a row were left out: lower TRAIN.BASE_LR, "
             "set TRAIN.CLIP_GRAD, or use --precision bf16 or fp32"
@@ -249,7 +250,7 @@ def evaluate(
     world: World,
     precision: Precision,
     sums: Sums | None = None,
-    asked_to_stop: Callable[[], int] = int,
+    asked_to_stop: Callable[[], int] = lambda: 0,
 ) -> TaskScore:
     """Scores a network on this rank's share of a data set, and adds the shares of all ranks.
 
@@ -274,7 +275,8 @@ def evaluate(
     for number, (inputs, targets, complaints) in enumerate(
         tqdm(data.loader, desc="scoring", leave=False, disable=None if world.is_main else True)
     ):
-        complaint, signal = complaint or next(filter(None, complaints), ""), signal or asked_to_stop()
+        complaint = complaint or next(filter(None, complaints), "")
+        signal = signal or asked_to_stop()
         if number < data.rounds and any_rank(bool(complaint or signal), world.device):
             break
         if not complaint:
