@@ -14,6 +14,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_weights
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from models.groupmixformer import (
     GroupMixAttention,
@@ -31,6 +32,7 @@ from models.groupmixformer import (
 __all__ = ["fuse"]
 
 Module = TypeVar("Module", bound=nn.Module)
+_BATCH_NORMS = (_BatchNorm, FrozenBatchNorm2d)  # others depend on the image, and stay as they are
 
 
 def fuse(model: Module) -> Module:
@@ -84,10 +86,10 @@ class FusedProxy(nn.Module):
 def _fuse_children(module: nn.Module) -> None:
     for name, child in module.named_children():
         _fuse_children(child)
-        if isinstance(child, Stem) and isinstance(child.norm1, _BatchNorm):
+        if isinstance(child, Stem) and isinstance(child.norm1, _BATCH_NORMS):
             _fold_norm(child, "conv1", "norm1")
             _fold_norm(child, "conv2", "norm2")
-        elif isinstance(child, SeparableConv) and isinstance(child.norm, _BatchNorm):
+        elif isinstance(child, SeparableConv) and isinstance(child.norm, _BATCH_NORMS):
             _fold_norm(child, "conv_pw", "norm")
         elif isinstance(child, DropPath):
             setattr(module, name, nn.Identity())
@@ -97,10 +99,10 @@ def _fuse_children(module: nn.Module) -> None:
             setattr(module, name, TokenConv(_one_window(child.convs)))
         elif isinstance(child, GroupMixBlock):
             child.recompute = ""
-        elif isinstance(child, GroupMixAttention) and isinstance(child.qkv, SegmentProjection):
+        elif isinstance(child, GroupMixAttention) and isinstance(child.aggregator.norm, _BATCH_NORMS):
             child.qkv = _fused_projection(child.qkv, child.aggregator.norm)
             child.aggregator.norm = nn.Identity()
-        if isinstance(child, GroupProxy):
+        if isinstance(child, GroupProxy) and isinstance(child.norm, nn.Identity):
             pointwise = _linear(child.conv_pw.weight.flatten(1), child.conv_pw.bias)
             setattr(module, name, FusedProxy(_three_times(child.conv_dw), pointwise))
 

@@ -7,7 +7,9 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from models.fuse import fuse
 from models.groupmixformer import GroupMixFormer, SegmentProjection
@@ -84,6 +86,16 @@ class TestAnswers:
             (fuse(model), image),
         ]:
             torch.testing.assert_close(fuse(network)(x), network(x), rtol=1e-10, atol=1e-12)
+
+    def test_they_hold_for_frozen_batch_norms_and_beside_other_norms(self):
+        x = images(2, 64, 64).double()
+        frozen, mixed = freeze_batch_norm_2d(trained_model().eval()), trained_model().eval()
+        aggregator = mixed.stages[0].blocks[0].attn.aggregator
+        aggregator.norm = aggregator.proxies[1].norm = nn.GroupNorm(2, 8).double()
+        mixed.stages[1].patch_embed.norm = nn.GroupNorm(2, 80).double()
+        for model in (frozen, mixed):
+            assert relative_error(fuse(model)(x), model(x).detach()) < 1e-12
+        assert not [m for m in fuse(frozen).stages.modules() if isinstance(m, FrozenBatchNorm2d)]
 
     def test_they_hold_for_dilated_kernels(self):
         model, plain = trained_model().eval(), trained_model().eval()
