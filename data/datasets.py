@@ -313,7 +313,7 @@ def open_split(config: CfgNode, split: str, is_training: bool) -> Source | Itera
         UserError: If there is no such data.
     """
     name = config.DATA.DATASET
-    root = config.DATA.DATA_PATH if name.startswith(("hfds/", "hfids/", "tfds/")) else data_root(config)
+    root = Path() if name.startswith(("hfds/", "hfids/", "tfds/")) else data_root(config)
     if name in _FOLDER_NAMES:
         if not root.is_dir():
             raise UserError(
@@ -330,7 +330,7 @@ def open_split(config: CfgNode, split: str, is_training: bool) -> Source | Itera
     settings = {"is_training": is_training, "batch_size": config.DATA.BATCH_SIZE, "seed": config.SEED}
     if not name.lower().startswith("tfds/"):  # whose reader makes images of arrays
         settings["input_img_mode"] = ""  # none, as timm would cut 16 bits off above 255, which `as_mode` does not
-    return _open_timm(config, name=name, root=str(root) or None, split=split, **settings)
+    return _open_timm(config, name=name, root=config.DATA.DATA_PATH or None, split=split, **settings)
 
 
 def _open_timm(config: CfgNode, **settings: Any) -> TimmSource | IterableImageDataset:

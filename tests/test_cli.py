@@ -174,6 +174,15 @@ def test_a_checkpoint_that_is_no_file_is_told_of(tmp_path, flag, name):
     assert str(caught.value) == f"{tmp_path / name} is no file: name a checkpoint"
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--pretrained"])
+def test_a_run_that_has_begun_is_not_asked_for_the_checkpoint_that_it_began_with(tmp_path, flag):
+    words = [flag, str(tmp_path / "gone.pth"), "--output", str(tmp_path), "--tag", "begun"]
+    with pytest.raises(UserError, match="is no file"):
+        configuration(*words)
+    (tmp_path / configuration().MODEL.NAME / "begun").mkdir(parents=True)
+    assert str(tmp_path / "gone.pth") in (configuration(*words).MODEL.RESUME, configuration(*words).MODEL.PRETRAINED)
+
+
 WITHOUT_TORCH = """
 import runpy, sys
 sys.argv = sys.argv[1:]

@@ -142,7 +142,7 @@ def test_a_checkpoint_of_the_folder_that_is_named_comes_before_the_newest(tmp_pa
 def test_a_folder_that_holds_another_run_than_the_checkpoint_that_is_named_is_refused(tmp_path, auto_resume):
     named = save(tmp_path / "other", 1)
     save(tmp_path / "run", 2)
-    with pytest.raises(UserError, match=r"run holds another run, .*ckpt_epoch_1_update_2\.pth: choose another --tag"):
+    with pytest.raises(UserError, match=r"run holds a run already, which .*_2\.pth is not of: choose another --tag$"):
         find_state(config_with(MODEL__RESUME=str(named), TRAIN__AUTO_RESUME=auto_resume), tmp_path / "run", ALONE)
 
 
@@ -158,7 +158,11 @@ def test_the_same_checkpoint_named_again_means_the_newest_of_the_run_that_began_
     named = save(tmp_path / name, 1)
     config = config_with(MODEL__RESUME=str(named))
     save(tmp_path / "run", 2, config)
+    named.unlink()  # pruned by its own run by now
     assert find_state(config, tmp_path / "run", ALONE).path == tmp_path / "run" / "last.pth"
+    config.TRAIN.AUTO_RESUME = False
+    with pytest.raises(UserError, match=r"is not of: choose another --tag, or leave TRAIN\.AUTO_RESUME on$"):
+        find_state(config, tmp_path / "run", ALONE)
 
 
 def test_without_auto_resume_a_folder_that_holds_a_run_is_refused(tmp_path):
@@ -233,45 +237,53 @@ def three_epochs(tmp_path):
     return folder
 
 
-def found_in(folder, name):
-    return Found(folder / name, checkpoint.load(folder / name))
+def found_in(folder, name, is_named=False):
+    return Found(folder / name, checkpoint.load(folder / name), is_named)
 
 
-def test_a_run_that_goes_back_has_the_best_epoch_by_then_as_best_pth(three_epochs):
-    assert go_back(found_in(three_epochs, "ckpt_epoch_2.pth"), three_epochs, keep=True) == best_of(1)
+def test_a_run_that_goes_back_has_the_best_epoch_by_then_as_best_pth_and_keeps_what_was_later(three_epochs):
+    assert go_back(found_in(three_epochs, "ckpt_epoch_2.pth", is_named=True), three_epochs) == best_of(1)
     for name in ("best.pth", "last.pth"):
         assert checkpoint.load(three_epochs / name)["best"] == best_of(1)
-    assert checkpoint.load(three_epochs / "ckpt_epoch_3.pth.old")["best"] == best_of(2)
+    for name in ("ckpt_epoch_3.pth.old", "best.pth.old"):
+        assert checkpoint.load(three_epochs / name)["best"] == best_of(2)
+
+
+def test_a_run_that_goes_back_again_keeps_what_it_kept_before(three_epochs):
+    first = (three_epochs / "ckpt_epoch_3.pth").read_bytes()
+    go_back(found_in(three_epochs, "ckpt_epoch_2.pth", is_named=True), three_epochs)
+    for content in (b"second", b"third"):
+        (three_epochs / "ckpt_epoch_3.pth").write_bytes(content)
+        go_back(found_in(three_epochs, "ckpt_epoch_2.pth", is_named=True), three_epochs)
+    kept = [(three_epochs / f"ckpt_epoch_3.pth.{ending}").read_bytes() for ending in ("old", "old2", "old3")]
+    assert kept == [first, b"second", b"third"]
 
 
 def test_a_best_epoch_whose_weights_are_gone_is_forgotten(three_epochs):
     found = found_in(three_epochs, "ckpt_epoch_2.pth")
     found.state["best"] = best_of(0)
     (three_epochs / "ckpt_epoch_1.pth").unlink()
-    assert go_back(found, three_epochs, keep=False) is None
+    assert go_back(found, three_epochs) is None
     assert sorted(path.name for path in three_epochs.iterdir()) == ["best.pth", "ckpt_epoch_2.pth", "last.pth"]
 
 
 def test_a_damaged_best_pth_is_put_back(three_epochs):
     spoil(three_epochs / "best.pth")
-    assert go_back(found_in(three_epochs, "last.pth"), three_epochs, keep=False) == best_of(2)
+    assert go_back(found_in(three_epochs, "last.pth"), three_epochs) == best_of(2)
     assert checkpoint.load(three_epochs / "best.pth")["best"] == best_of(2)
 
 
-def test_a_run_that_goes_on_from_another_folder_brings_its_best_epoch_and_leaves_that_folder_as_it_is(
-    three_epochs, tmp_path
-):
+def test_a_run_that_goes_on_from_another_folder_leaves_both_as_they_are(three_epochs, tmp_path):
     new, before = tmp_path / "new", sorted(path.name for path in three_epochs.iterdir())
     new.mkdir()
-    assert go_back(found_in(three_epochs, "ckpt_epoch_3.pth"), new, keep=True) == best_of(2)
-    assert [path.name for path in new.iterdir()] == ["best.pth"]
+    assert go_back(found_in(three_epochs, "ckpt_epoch_3.pth", is_named=True), new) is None
+    assert not list(new.iterdir())
     assert sorted(path.name for path in three_epochs.iterdir()) == before
 
 
 def test_a_damaged_last_pth_is_put_back_by_the_run_that_goes_on_from_the_one_before(three_epochs):
     spoil(three_epochs / "last.pth")
-    found = Found(*checkpoint.newest(three_epochs))
-    go_back(found, three_epochs, keep=False)
+    go_back(Found(*checkpoint.newest(three_epochs)), three_epochs)
     assert checkpoint.load(three_epochs / "last.pth")["progress"]["epoch"] == 3
 
 

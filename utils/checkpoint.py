@@ -226,7 +226,7 @@ def load_of(path: str | Path, wanted: str, *others: str) -> dict[str, Any]:
         UserError: If it cannot be read, or its configuration is of another task.
     """
     state = load(path)
-    check_task(saved_values(state), f"{path} is", wanted, *others)
+    check_task(saved_values(state), path, wanted, *others)
     return state
 
 
@@ -303,7 +303,7 @@ def save_numbered(
 ) -> None:
     """Writes a checkpoint under its number, as last.pth, and as best.pth if it is; then removes old ones.
 
-    A run that is killed in between goes on from what is there, `bring_best` makes up for best.pth.
+    A run that is killed in between goes on from what is there; `restore_best` makes up for best.pth.
 
     Args:
         state: The checkpoint.
@@ -397,34 +397,47 @@ def remove_after(folder: Path, epoch: int, place: int, keep: bool) -> None:
     for number, path in _by_age(folder):
         if number > (epoch, place):
             if keep:
-                path.replace(path.with_name(f"{path.name}.old"))
+                _set_aside(path)
             else:
                 path.unlink()
 
 
-def bring_best(best: Mapping[str, Any] | None, folder: Path, beside: Path) -> bool:
-    """Makes best.pth the checkpoint of the best epoch, where that is still to be found.
+def restore_best(folder: Path, best: Mapping[str, Any] | None, keep: bool) -> bool:
+    """Makes best.pth the checkpoint of the best epoch again, where the folder still has that.
 
     Args:
-        best: What the checkpoint that a run goes on from says of the best epoch.
         folder: The run's.
-        beside: The folder of the checkpoint that it goes on from.
+        best: What the checkpoint that it goes on from says of the best epoch.
+        keep: Whether to rename another best.pth to *.old first.
 
     Returns:
         Whether best.pth is that now.
     """
-    if not best:
-        return False
-    for path in (folder / BEST, beside / BEST, beside / name_of(best["epoch"] + 1, 0)):
-        try:
-            is_best = path.is_file() and load(path).get("best") == best
-        except UserError:  # a damaged one
-            continue
-        if is_best:
-            if path != folder / BEST:
-                copy(path, folder / BEST)
-            return True
+    path = folder / BEST
+    if _is_of_best(path, best):
+        return True
+    if keep and path.is_file():
+        _set_aside(path)
+    if best and _is_of_best(numbered := folder / name_of(best["epoch"] + 1, 0), best):
+        copy(numbered, path)
+        return True
     return False
+
+
+def _is_of_best(path: Path, best: Mapping[str, Any] | None) -> bool:
+    try:
+        return best is not None and path.is_file() and load(path).get("best") == best
+    except UserError:  # a damaged one
+        return False
+
+
+def _set_aside(path: Path) -> None:
+    """Renames a file to *.old, or to *.old2 and so on where that is taken."""
+    number, old = 1, path.with_name(f"{path.name}.old")
+    while old.exists():
+        number += 1
+        old = path.with_name(f"{path.name}.old{number}")
+    path.replace(old)
 
 
 def remove_unfinished(folder: Path) -> None:

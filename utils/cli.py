@@ -91,9 +91,7 @@ def make_parser(
     if scores:
         parser.add_argument("--pretrained", metavar="FILE", help="weights to score")
         parser.add_argument("--resume", metavar="FILE", help="checkpoint to score, the same as --pretrained")
-        which = parser.add_mutually_exclusive_group()
-        add_weights_choice(which)
-        which.add_argument(
+        add_weights_choice(parser).add_argument(
             "--random-weights", action="store_const", const="random", dest="weights", help="those of a fresh network"
         )
     else:
@@ -124,15 +122,21 @@ def make_parser(
     return parser
 
 
-def add_weights_choice(parser: argparse._ActionsContainer) -> None:
-    """The flags that say which of a checkpoint's weights are meant: `weights` is 'auto', 'model' or 'ema'."""
-    parser.add_argument(
+def add_weights_choice(parser: Parser) -> argparse._MutuallyExclusiveGroup:
+    """The flags that say which of a checkpoint's weights are meant: `weights` is 'auto', 'model' or 'ema'.
+
+    Returns:
+        Their group, of which one flag may be given.
+    """
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
         "--weights",
         choices=["auto", "model", "ema"],
         default="auto",
         help="the trained weights, or their moving average; auto takes what its best epoch was chosen by",
     )
-    parser.add_argument("--ema", action="store_const", const="ema", dest="weights", help="the same as --weights ema")
+    group.add_argument("--ema", action="store_const", const="ema", dest="weights", help="the same as --weights ema")
+    return group
 
 
 def config_from(
@@ -171,8 +175,9 @@ def config_from(
         check_folder(config)
     except UserError as error:
         raise UserError(f"{arguments.cfg} with the flags: {error}") from None
+    has_begun = Path(config.OUTPUT, config.MODEL.NAME, config.TAG).is_dir()  # and may need none of them any more
     for path in (config.MODEL.RESUME, config.MODEL.PRETRAINED):
-        if path and not Path(path).is_file():
+        if path and not Path(path).is_file() and not has_begun:
             raise UserError(f"{path} is no file: name a checkpoint")
         if path and scores and arguments.weights == "random":
             raise UserError(f"--random-weights scores a network that knows nothing, not {path}: leave one of them out")

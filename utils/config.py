@@ -305,7 +305,7 @@ def merge(config: CfgNode, values: dict[str, Any], source: str, prefix: str = ""
         UserError: If a key is unknown, which those of another task are, or a value of the wrong type.
     """
     if not prefix:
-        check_task(values, f"{source} has keys", task_of(config))
+        _refuse_other_tasks(values, source, task_of(config))
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in config:
@@ -326,12 +326,12 @@ def task_of(values: Mapping[str, Any]) -> str:
     return next((task for key, task in _TASKS.items() if isinstance(of_model, Mapping) and key in of_model), "")
 
 
-def check_task(values: Mapping[str, Any], subject: str, wanted: str, *others: str) -> None:
-    """Refuses what is of another task.
+def check_task(values: Mapping[str, Any], path: str | Path, wanted: str, *others: str) -> None:
+    """Refuses a checkpoint of another task.
 
     Args:
-        values: Its nested keys.
-        subject: How the error begins: what it is, and a verb.
+        values: The nested keys of its configuration.
+        path: Its file.
         wanted: The task that the program is of.
         others: Tasks that will do, too.
 
@@ -340,10 +340,20 @@ def check_task(values: Mapping[str, Any], subject: str, wanted: str, *others: st
     """
     task = task_of(values)
     if task not in ("", wanted, *others):
-        folder = "" if task == "classification" else f"{task}/"
-        raise UserError(
-            f"{subject} of {task} and not of {wanted}: use {folder}train.py or {folder}test.py, or name another"
-        )
+        raise UserError(f"{path} is of {task} and not of {wanted}: use {_programs(task)}, or name another")
+
+
+def _refuse_other_tasks(values: Mapping[str, Any], source: str, wanted: str) -> None:
+    of_model = values.get("MODEL")
+    told = {key: task for key, task in _TASKS.items() if isinstance(of_model, Mapping) and key in of_model}
+    for key, task in told.items():
+        if wanted and wanted not in told.values():
+            raise UserError(f"{source} has MODEL.{key}, a key of {task} and not of {wanted}: use {_programs(task)}")
+
+
+def _programs(task: str) -> str:
+    folder = "" if task == "classification" else f"{task}/"
+    return f"{folder}train.py or {folder}test.py"
 
 
 def merge_options(config: CfgNode, options: list[str]) -> None:

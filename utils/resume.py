@@ -41,10 +41,12 @@ class Found:
     Attributes:
         path: Its file.
         state: Its content.
+        is_named: Whether it was named by --resume, and is not just the newest one.
     """
 
     path: Path
     state: dict[str, Any]
+    is_named: bool = False
 
 
 def find_state(config: CfgNode, folder: Path, world: World) -> Found | None:
@@ -92,18 +94,20 @@ def _choose_named(config: CfgNode, folder: Path) -> Found:
         began_with_it = "MODEL.RESUME" not in differences(config, newest[1].get("config") or "{}")
         if began_with_it and config.TRAIN.AUTO_RESUME:
             return Found(*newest)
-        if not _lies_in(folder, named):
-            raise UserError(f"{folder} holds another run, which would not go on from {named}: choose another --tag")
-    return Found(named, checkpoint.load(named))
+        if not lies_in(folder, named):
+            on = ", or leave TRAIN.AUTO_RESUME on" if began_with_it else ""
+            raise UserError(f"{folder} holds a run already, which {named} is not of: choose another --tag{on}")
+    return Found(named, checkpoint.load(named), is_named=True)
 
 
-def _lies_in(folder: Path, path: Path) -> bool:
+def lies_in(folder: Path, path: Path) -> bool:
+    """Whether a file lies in a folder itself."""
     return path.resolve().parent == folder.resolve()
 
 
 def _check_same_run(config: CfgNode, found: Found, world: World) -> None:
     """Refuses a checkpoint that this run cannot go on with as it is."""
-    check_task(checkpoint.saved_values(found.state), f"{found.path} is", task_of(config))
+    check_task(checkpoint.saved_values(found.state), found.path, task_of(config))
     progress = found.state.get("progress")
     if not isinstance(progress, dict) or "images_per_update" not in progress:
         raise UserError(f"{found.path} holds weights but no run to go on with: start from it with --pretrained")
@@ -286,25 +290,26 @@ def restore(state: dict[str, Any], training: Training, config: CfgNode) -> None:
     training.progress.load_state_dict(state["progress"])
 
 
-def go_back(found: Found, folder: Path, keep: bool) -> dict[str, Any] | None:
+def go_back(found: Found, folder: Path) -> dict[str, Any] | None:
     """Leaves a run's folder as it was when the checkpoint that it goes on from was written; only rank 0 must call.
+
+    What is later is removed, or renamed to *.old if that checkpoint was named.
 
     Args:
         found: That checkpoint.
         folder: The run's.
-        keep: Whether later checkpoints are renamed to *.old, and not removed.
 
     Returns:
-        The best epoch by then, if there are its weights, which best.pth has now.
+        The best epoch by then, if the folder has its weights, which best.pth is now.
 
     Raises:
         UserError: If the folder cannot be written to.
     """
     progress, best = found.state["progress"], found.state["best"]
-    checkpoint.remove_after(folder, progress["epoch"], progress["place"], keep)
-    if _lies_in(folder, found.path) and found.path.name != checkpoint.LAST:
+    checkpoint.remove_after(folder, progress["epoch"], progress["place"], found.is_named)
+    if lies_in(folder, found.path) and found.path.name != checkpoint.LAST:
         checkpoint.copy(found.path, folder / checkpoint.LAST)
-    return best if checkpoint.bring_best(best, folder, found.path.parent) else None
+    return best if checkpoint.restore_best(folder, best, found.is_named) else None
 
 
 def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:

@@ -31,6 +31,7 @@ from utils.resume import (
     find_state,
     fit_to_ranks,
     go_back,
+    lies_in,
     restore,
     start_from_pretrained,
     steps_of_epoch,
@@ -200,13 +201,13 @@ def open_run(
     setup_logging(is_main, folder)
     if is_main:
         if found:
-            best = go_back(found, folder, keep=found.path == Path(config.MODEL.RESUME))
+            best = go_back(found, folder)
         checkpoint.write_text(folder / "config.yaml", config.dump())
     broken = BrokenImages(
         config.DATA.ON_ERROR == "skip", config.DATA.MAX_BROKEN, train_data.images, folder if is_main else None
     )
     keeper = Keeper(config, training, folder, train_data.classes, best, broken, signals)
-    if config.TRAIN.ON_NONFINITE == "skip" and not checkpoint.holds_run(folder):
+    if config.TRAIN.ON_NONFINITE == "skip" and not (found and lies_in(folder, found.path)):
         keeper.save()  # to go back to
     return keeper
 
