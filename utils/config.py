@@ -322,8 +322,13 @@ def merge(config: CfgNode, values: dict[str, Any], source: str, prefix: str = ""
 
 def task_of(values: Mapping[str, Any]) -> str:
     """The task that nested keys are of, where one of MODEL tells; else an empty text."""
+    return next(iter(_telling_keys(values).values()), "")
+
+
+def _telling_keys(values: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of MODEL that tell of a task, and of which."""
     of_model = values.get("MODEL")
-    return next((task for key, task in _TASKS.items() if isinstance(of_model, Mapping) and key in of_model), "")
+    return {key: task for key, task in _TASKS.items() if isinstance(of_model, Mapping) and key in of_model}
 
 
 def check_task(values: Mapping[str, Any], path: str | Path, wanted: str, *others: str) -> None:
@@ -344,11 +349,10 @@ def check_task(values: Mapping[str, Any], path: str | Path, wanted: str, *others
 
 
 def _refuse_other_tasks(values: Mapping[str, Any], source: str, wanted: str) -> None:
-    of_model = values.get("MODEL")
-    told = {key: task for key, task in _TASKS.items() if isinstance(of_model, Mapping) and key in of_model}
-    for key, task in told.items():
-        if wanted and wanted not in told.values():
-            raise UserError(f"{source} has MODEL.{key}, a key of {task} and not of {wanted}: use {_programs(task)}")
+    told = _telling_keys(values)
+    if wanted and told and wanted not in told.values():
+        key, task = next(iter(told.items()))
+        raise UserError(f"{source} has MODEL.{key}, a key of {task} and not of {wanted}: use {_programs(task)}")
 
 
 def _programs(task: str) -> str:
