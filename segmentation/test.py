@@ -16,13 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from yacs.config import CfgNode  # noqa: E402
+from yacs.config import CfgNode
 
-from segmentation.config import check, default_config  # noqa: E402
-from utils.cli import check_pictures, check_report, config_from, make_parser, run  # noqa: E402
+from segmentation.config import check, default_config
+from utils.cli import check_pictures, check_report, config_from, make_parser, run
 
 _log = logging.getLogger(__name__)
 

@@ -14,11 +14,10 @@ import logging
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from segmentation.config import check, default_config  # noqa: E402
-from utils.cli import config_from, make_parser, run  # noqa: E402
+from segmentation.config import check, default_config
+from utils.cli import config_from, make_parser, run
 
 _log = logging.getLogger(__name__)
 

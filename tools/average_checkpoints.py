@@ -19,22 +19,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from torch import Tensor  # noqa: E402
+from torch import Tensor
 
-from data.build import build_eval_data  # noqa: E402
-from models.build import load_weights  # noqa: E402
-from tools.averaging import greedy, look, uniform  # noqa: E402
-from utils import checkpoint  # noqa: E402
-from utils.cli import Parser, add_weights_choice, at_least, check_new, run  # noqa: E402
-from utils.dist import World, choose_device  # noqa: E402
-from utils.engine import evaluate  # noqa: E402
-from utils.errors import UserError, listing  # noqa: E402
-from utils.metrics import Score, describe  # noqa: E402
-from utils.precision import Precision, memory_format  # noqa: E402
-from utils.trained import Trained, load_trained  # noqa: E402
+from data.build import build_eval_data
+from models.build import load_weights
+from tools.averaging import greedy, look, uniform
+from utils import checkpoint
+from utils.cli import Parser, add_weights_choice, at_least, check_new, run
+from utils.dist import World, choose_device
+from utils.engine import evaluate
+from utils.errors import UserError, listing
+from utils.metrics import Score, describe
+from utils.precision import Precision, memory_format
+from utils.trained import Trained, load_trained
 
 
 def parse() -> argparse.Namespace:

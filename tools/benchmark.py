@@ -26,24 +26,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import PIL  # noqa: E402
-import torch  # noqa: E402
+import PIL
+import torch
 
-from tools.benchmarking.chart import draw_chart  # noqa: E402
-from tools.benchmarking.loading import add_loader_arguments, loader_tables, run_loader  # noqa: E402
-from tools.benchmarking.machine import describe_machine  # noqa: E402
-from tools.benchmarking.measure import Result, Settings, measure  # noqa: E402
-from tools.benchmarking.networks import build_network  # noqa: E402
-from tools.benchmarking.report import as_json, markdown  # noqa: E402
-from tools.benchmarking.subjects import plan  # noqa: E402
-from utils.checkpoint import write_text  # noqa: E402
-from utils.cli import Parser, at_least, check_report, run  # noqa: E402
-from utils.dist import choose_device  # noqa: E402
-from utils.errors import UserError  # noqa: E402
-from utils.precision import choose_kernels  # noqa: E402
+from tools.benchmarking.chart import draw_chart
+from tools.benchmarking.loading import add_loader_arguments, loader_tables, run_loader
+from tools.benchmarking.machine import describe_machine
+from tools.benchmarking.measure import Result, Settings, measure
+from tools.benchmarking.networks import build_network
+from tools.benchmarking.report import as_json, markdown
+from tools.benchmarking.subjects import plan
+from utils.checkpoint import write_text
+from utils.cli import Parser, at_least, check_report, run
+from utils.dist import choose_device
+from utils.errors import UserError
+from utils.precision import choose_kernels
 
 
 def parse() -> argparse.Namespace:

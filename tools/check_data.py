@@ -25,23 +25,22 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from PIL import UnidentifiedImageError  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from PIL import UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from data.build import available_cores  # noqa: E402
-from data.datasets import FolderSource, Source, open_split  # noqa: E402
-from data.decoding import as_mode  # noqa: E402
-from data.files import endings, files_below  # noqa: E402
-from data.tar import INDEX, tar_files  # noqa: E402
-from utils.checkpoint import write_text  # noqa: E402
-from utils.cli import Parser, at_least, check_report, run  # noqa: E402
-from utils.config import default_config  # noqa: E402
-from utils.console import say  # noqa: E402
-from utils.errors import UserError, reason  # noqa: E402
+from data.build import available_cores
+from data.datasets import FolderSource, Source, open_split
+from data.decoding import as_mode
+from data.files import endings, files_below
+from data.tar import INDEX, tar_files
+from utils.checkpoint import write_text
+from utils.cli import Parser, at_least, check_report, run
+from utils.config import default_config
+from utils.console import say
+from utils.errors import UserError, reason
 
 _DATASETS = ("folder", "tar")
 _SMALL = 32  # pixels: an image below that on a side is mostly a thumbnail or stands for one that was removed

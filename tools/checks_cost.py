@@ -21,20 +21,19 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.build import build_model  # noqa: E402
-from utils import checkpoint, engine  # noqa: E402
-from utils.classification import classification  # noqa: E402
-from utils.cli import at_least, config_from, make_parser, run  # noqa: E402
-from utils.dist import join_world  # noqa: E402
-from utils.engine import Training, Watch, train_one_epoch  # noqa: E402
-from utils.precision import choose_precision  # noqa: E402
-from utils.resume import state_of  # noqa: E402
-from utils.throughput import wait  # noqa: E402
-from utils.trainer import build_training  # noqa: E402
-from utils.writer import BackgroundWriter  # noqa: E402
+from models.build import build_model
+from utils import checkpoint, engine
+from utils.classification import classification
+from utils.cli import at_least, config_from, make_parser, run
+from utils.dist import join_world
+from utils.engine import Training, Watch, train_one_epoch
+from utils.precision import choose_precision
+from utils.resume import state_of
+from utils.throughput import wait
+from utils.trainer import build_training
+from utils.writer import BackgroundWriter
 
 _CLASSES = 1000
 

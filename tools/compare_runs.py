@@ -17,19 +17,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import yaml  # noqa: E402
-from yacs.config import CfgNode  # noqa: E402
+import yaml
+from yacs.config import CfgNode
 
-from tools.comparing import Curves, draw_comparison  # noqa: E402
-from utils.checkpoint import write_text  # noqa: E402
-from utils.cli import Parser, check_report, run  # noqa: E402
-from utils.config import flatten  # noqa: E402
-from utils.console import say  # noqa: E402
-from utils.errors import UserError, reason  # noqa: E402
-from utils.logger import read_metrics  # noqa: E402
+from tools.comparing import Curves, draw_comparison
+from utils.checkpoint import write_text
+from utils.cli import Parser, check_report, run
+from utils.config import flatten
+from utils.console import say
+from utils.errors import UserError, reason
+from utils.logger import read_metrics
 
 _NAMES_OF_FOLDERS = ("OUTPUT", "TAG")
 _NO_MEASURES = ("update", "epoch", "loss", "ema_loss")  # of the lines of a scored epoch

@@ -20,16 +20,15 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.exporting.checking import TOLERANCES, Run, check_answers  # noqa: E402
-from tools.exporting.draft import draft_of  # noqa: E402
-from tools.exporting.forms import FORMS, check_request  # noqa: E402
-from tools.exporting.scoring import print_scores, validation_data  # noqa: E402
-from utils.cli import Parser, run  # noqa: E402
-from utils.errors import UserError  # noqa: E402
-from utils.trained import Trained, add_trained_arguments, trained_from  # noqa: E402
+from tools.exporting.checking import TOLERANCES, Run, check_answers
+from tools.exporting.draft import draft_of
+from tools.exporting.forms import FORMS, check_request
+from tools.exporting.scoring import print_scores, validation_data
+from utils.cli import Parser, run
+from utils.errors import UserError
+from utils.trained import Trained, add_trained_arguments, trained_from
 
 
 def parse() -> argparse.Namespace:

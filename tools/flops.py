@@ -13,15 +13,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.build import build_model  # noqa: E402
-from utils.checkpoint import write_text  # noqa: E402
-from utils.cli import Parser, check_report, run  # noqa: E402
-from utils.config import check, load_config  # noqa: E402
-from utils.errors import UserError  # noqa: E402
-from utils.flops import Counts, count  # noqa: E402
+from models.build import build_model
+from utils.checkpoint import write_text
+from utils.cli import Parser, check_report, run
+from utils.config import check, load_config
+from utils.errors import UserError
+from utils.flops import Counts, count
 
 # Parameters and FLOPs that the paper's table prints. The only public configuration of large counts more than the
 # paper says of it (its own comment says that it needs adjusting).
@@ -43,7 +42,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there too")
     arguments = parser.parse_args()
     check_report(arguments.json)
-    paths = [arguments.cfg] if arguments.cfg else [ROOT / "configs" / f"{name}.yaml" for name in _PUBLISHED]
+    configs = Path(__file__).resolve().parent.parent / "configs"
+    paths = [arguments.cfg] if arguments.cfg else [configs / f"{name}.yaml" for name in _PUBLISHED]
     counts = {}
     for path in paths:
         name, size, result = count_config(path, arguments.img_size)

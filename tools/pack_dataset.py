@@ -26,14 +26,13 @@ from pathlib import Path
 from random import Random
 from stat import S_ISREG
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
-from data.datasets import FolderSource, check_same_classes  # noqa: E402
-from tools.appearing import appearing_whole, check_free  # noqa: E402
-from tools.packing import (  # noqa: E402
+from data.datasets import FolderSource, check_same_classes
+from tools.appearing import appearing_whole, check_free
+from tools.packing import (
     FORMS,
     Sample,
     Shard,
@@ -44,9 +43,9 @@ from tools.packing import (  # noqa: E402
     write,
     write_info,
 )
-from utils.cli import Parser, run  # noqa: E402
-from utils.errors import UserError, listing  # noqa: E402
-from utils.seeding import number_for  # noqa: E402
+from utils.cli import Parser, run
+from utils.errors import UserError, listing
+from utils.seeding import number_for
 
 _SPLITS = ("train", "val")
 _WDS_SHARD = 128 << 20  # bytes: over a thousand shards for ImageNet, enough for all loader processes of a large run

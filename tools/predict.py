@@ -20,29 +20,28 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from yacs.config import CfgNode  # noqa: E402
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from yacs.config import CfgNode
 
-from data.build import available_cores, collate  # noqa: E402
-from data.datasets import ImageSamples  # noqa: E402
-from data.files import FileSource, find_images, spread  # noqa: E402
-from data.finish import Normalize  # noqa: E402
-from data.transforms import eval_transform  # noqa: E402
-from models.fuse import fuse  # noqa: E402
-from tools.predictions import Prediction, draw_sheet, name_classes, write_csv, write_json  # noqa: E402
-from utils.cli import Parser, at_least, check_report, run  # noqa: E402
-from utils.console import say  # noqa: E402
-from utils.dist import choose_device  # noqa: E402
-from utils.errors import UserError  # noqa: E402
-from utils.precision import Precision, memory_format  # noqa: E402
-from utils.signals import ignore_stop_signals  # noqa: E402
-from utils.trained import Trained, add_trained_arguments, trained_from  # noqa: E402
+from data.build import available_cores, collate
+from data.datasets import ImageSamples
+from data.files import FileSource, find_images, spread
+from data.finish import Normalize
+from data.transforms import eval_transform
+from models.fuse import fuse
+from tools.predictions import Prediction, draw_sheet, name_classes, write_csv, write_json
+from utils.cli import Parser, at_least, check_report, run
+from utils.console import say
+from utils.dist import choose_device
+from utils.errors import UserError
+from utils.precision import Precision, memory_format
+from utils.signals import ignore_stop_signals
+from utils.trained import Trained, add_trained_arguments, trained_from
 
 _TOPK = 5
 _MOST_WORKERS = 8

@@ -16,17 +16,16 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-from PIL import Image  # noqa: E402
-from sklearn.datasets import load_digits  # noqa: E402
-from sklearn.model_selection import train_test_split  # noqa: E402
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
-from utils.cli import Parser, check_report, run  # noqa: E402
-from utils.errors import UserError, not_written  # noqa: E402
+from utils.cli import Parser, check_report, run
+from utils.errors import UserError, not_written
 
 _VAL_IMAGES = 360
 _SPLIT_SEED = 0

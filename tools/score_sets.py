@@ -18,19 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from torch import nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from yacs.config import CfgNode  # noqa: E402
+from torch import nn
+from tqdm import tqdm
+from yacs.config import CfgNode
 
-from data.build import eval_data  # noqa: E402
-from data.datasets import FolderSource, ImageSamples  # noqa: E402
-from data.transforms import eval_transform  # noqa: E402
-from models.fuse import fuse  # noqa: E402
-from tools.imagenet_sets.label_sums import AnyLabelSums, SubsetSums  # noqa: E402
-from tools.imagenet_sets.report import (  # noqa: E402
+from data.build import eval_data
+from data.datasets import FolderSource, ImageSamples
+from data.transforms import eval_transform
+from models.fuse import fuse
+from tools.imagenet_sets.label_sums import AnyLabelSums, SubsetSums
+from tools.imagenet_sets.report import (
     SetScore,
     corruption_row,
     corruptions_json,
@@ -38,7 +37,7 @@ from tools.imagenet_sets.report import (  # noqa: E402
     sets_json,
     sets_table,
 )
-from tools.imagenet_sets.sets import (  # noqa: E402
+from tools.imagenet_sets.sets import (
     PUBLISHED_IMAGES,
     RealSource,
     find_corruptions,
@@ -49,15 +48,15 @@ from tools.imagenet_sets.sets import (  # noqa: E402
     set_synsets,
     v2_variant,
 )
-from utils.checkpoint import write_text  # noqa: E402
-from utils.cli import Parser, at_least, check_report, run  # noqa: E402
-from utils.dist import World, join_world, together  # noqa: E402
-from utils.engine import evaluate  # noqa: E402
-from utils.errors import UserError, listing  # noqa: E402
-from utils.logger import setup_logging  # noqa: E402
-from utils.metrics import Score, Sums, describe  # noqa: E402
-from utils.precision import Precision, memory_format  # noqa: E402
-from utils.trained import add_trained_arguments, trained_from  # noqa: E402
+from utils.checkpoint import write_text
+from utils.cli import Parser, at_least, check_report, run
+from utils.dist import World, join_world, together
+from utils.engine import evaluate
+from utils.errors import UserError, listing
+from utils.logger import setup_logging
+from utils.metrics import Score, Sums, describe
+from utils.precision import Precision, memory_format
+from utils.trained import add_trained_arguments, trained_from
 
 _log = logging.getLogger(__name__)
 

@@ -22,12 +22,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import checkpoint  # noqa: E402
-from utils.cli import Parser, at_least, run  # noqa: E402
-from utils.logger import read_metrics  # noqa: E402
+from utils import checkpoint
+from utils.cli import Parser, at_least, run
+from utils.logger import read_metrics
 
 _CLASSES, _TRAIN_IMAGES, _VAL_IMAGES = 4, 64, 18
 _MOST_LINES = 12  # of the log, after which a run is killed
@@ -117,8 +116,9 @@ def write_images(folder: Path) -> None:
 def start(command: list[str], log: Path) -> subprocess.Popen:
     """Starts a program whose output is added to a log."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    root = Path(__file__).resolve().parent.parent
     with open(log, "a") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(command, cwd=root, env=environment, stdout=file, stderr=file, start_new_session=True)
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:

@@ -25,18 +25,17 @@ from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
-from data.datasets import FolderSource  # noqa: E402
-from data.files import endings, files_below  # noqa: E402
-from tools.appearing import appearing_whole, check_free  # noqa: E402
-from tools.packing import ahead  # noqa: E402
-from tools.splitting import deal, join  # noqa: E402
-from utils.cli import Parser, at_least, run  # noqa: E402
-from utils.errors import UserError, listing  # noqa: E402
+from data.datasets import FolderSource
+from data.files import endings, files_below
+from tools.appearing import appearing_whole, check_free
+from tools.packing import ahead
+from tools.splitting import deal, join
+from utils.cli import Parser, at_least, run
+from utils.errors import UserError, listing
 
 _MODES = {"symlink": os.symlink, "hardlink": os.link, "copy": shutil.copy2}
 

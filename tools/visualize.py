@@ -16,16 +16,15 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.visualizing.attention import add_attention_arguments, draw_attention  # noqa: E402
-from tools.visualizing.class_activation import add_cam_arguments, draw_cam  # noqa: E402
-from tools.visualizing.figures import check_figure  # noqa: E402
-from tools.visualizing.receptive_field import add_receptive_field_arguments, draw_receptive_field  # noqa: E402
-from utils.cli import Parser, run  # noqa: E402
-from utils.dist import choose_device  # noqa: E402
-from utils.trained import trained_from  # noqa: E402
+from tools.visualizing.attention import add_attention_arguments, draw_attention
+from tools.visualizing.class_activation import add_cam_arguments, draw_cam
+from tools.visualizing.figures import check_figure
+from tools.visualizing.receptive_field import add_receptive_field_arguments, draw_receptive_field
+from utils.cli import Parser, run
+from utils.dist import choose_device
+from utils.trained import trained_from
 
 
 def parse() -> argparse.Namespace:
