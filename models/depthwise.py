@@ -19,7 +19,7 @@ STRIP = 3  # columns
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A layer of such a convolution.
+    """A depthwise convolution that keeps height and width.
 
     Args:
         channels: Its channels C.
@@ -50,7 +50,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
         [B, C, H, W].
     """
     if not torch.jit.is_scripting() and _learns_in_strips(x, weight) and dilation == 1:
-        return _LearnedInStrips.apply(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), dilation)
+        return _LearnedInStrips.apply(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return _convolve(x, weight, bias, dilation)
 
 
@@ -72,21 +72,22 @@ def _learns_in_strips(x: Tensor, weight: Tensor) -> bool:
 class _LearnedInStrips(torch.autograd.Function):
     generate_vmap_rule = True
 
-    forward = staticmethod(_convolve)
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _convolve(x, weight, bias, dilation=1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        needs_x, _, needs_bias, _ = ctx.needs_input_grad
+        needs_x, _, needs_bias = ctx.needs_input_grad
         return (
             _input_gradient(grad, x, weight) if needs_x else None,
             _weight_gradient(grad, x, weight.shape[-1]),
-            grad.sum((0, 2, 3)) if needs_bias else None,  # which oneDNN computes with that of all weights only
-            None,
+            grad.sum((0, 2, 3)) if needs_bias else None,  # oneDNN gives it only together with the weight's
         )
 
 

@@ -7,7 +7,7 @@ segments along the channels; three of them are aggregated over 3x3, 5x5 and 7x7 
 one stays as it is, and these four attend to each other in linear time, while the fifth is a purely local branch.
 
 Images and stage outputs are [B, C, H, W]; inside the blocks tokens are [B, H, W, C], which a convolution sees as a
-channels_last image without a copy.
+channels_last image without a copy. `dd` is the device and the dtype that parameters are made with, as in timm's models.
 """
 
 import contextlib
@@ -72,11 +72,9 @@ class SeparableConv(nn.Module):
         kernel_size: int = 3,
         stride: int = 1,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv_dw = nn.Conv2d(
             in_chans, in_chans, kernel_size, stride, kernel_size // 2, groups=in_chans, bias=False, **dd
         )
@@ -129,9 +127,8 @@ class GroupProxy(SeparableConv):
 class GroupAggregator(nn.Module):
     """Turns queries, keys and values into attended tokens and group proxies, and a local branch (section 3.2)."""
 
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dim: int, **dd: Any) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         segment = dim // NUM_SEGMENTS
         self.norm = nn.BatchNorm2d(segment, **dd)
         self.act = nn.Hardswish()
@@ -162,11 +159,9 @@ class RelativePosition(nn.Module):
         dim: int,
         num_heads: int,
         windows: Sequence[tuple[int, int]] = POSITION_WINDOWS,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.widths = [heads * dim // num_heads for _, heads in windows]
         self.convs = nn.ModuleList(
             DepthwiseConv2d(width, window, **dd) for width, (window, _) in zip(self.widths, windows, strict=True)
@@ -249,9 +244,9 @@ class GroupMixAttention(nn.Module):
 class PositionalConv(nn.Module):
     """Convolutional position encoding: x plus a depthwise 3x3 convolution of x, [B, H, W, C] -> [B, H, W, C]."""
 
-    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dim: int, **dd: Any) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + to_tokens(self.conv(to_image(x)))
@@ -321,11 +316,8 @@ class GroupMixStage(nn.Module):
 class Stem(nn.Module):
     """Two 3x3 convolutions of stride 2: [B, in_chans, H, W] -> [B, dim, ceil(H / 4), ceil(W / 4)]."""
 
-    def __init__(
-        self, in_chans: int, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, in_chans: int, dim: int, **dd: Any) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd)
         self.norm1 = nn.BatchNorm2d(dim // 2, **dd)
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd)
