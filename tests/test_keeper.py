@@ -1,4 +1,4 @@
-"""What keeps a run: when it is saved, what stops it, and how it goes back from a loss that is no number."""
+"""What keeps a run: when it is saved, what stops it, and what becomes of a loss that is no number."""
 
 import json
 import math
@@ -30,18 +30,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import checkpoint
-from utils.broken import BrokenImages
 from utils.classification import classification
 from utils.dist import World, join_world
 from utils.engine import train_one_epoch
-from utils.errors import NotFiniteError, Stopped, UserError
+from utils.errors import Stopped, UserError
 from utils.keeper import Keeper
 from utils.logger import read_metrics
 from utils.metrics import Score
 from utils.progress import Progress
 from utils.report import describe_best
-from utils.resume import Found, state_of
-from utils.trainer import evaluate_epoch, open_run, run_epochs
+from utils.trainer import evaluate_epoch, run_epochs
 
 PLACES = 6
 SCORES = {"model": Score(8, 2, 8, 1.5), "ema": Score(8, 4, 8, 1.0)}
@@ -53,9 +51,9 @@ def config_with(**changes):
     return plain_training(**{**fixed, **changes})
 
 
-def training_of(config=None, lost=(), world=ALONE):
+def training_of(config=None, lost=(), world=ALONE, network=None):
     """A training of epochs with six places, of which some, as (epoch, place), lose their loss."""
-    network, progress = small_network(), Progress()
+    network, progress = network or small_network(), Progress()
     model = DistributedDataParallel(network) if torch.distributed.is_initialized() else network
 
     def criterion(logits, targets):
@@ -66,11 +64,24 @@ def training_of(config=None, lost=(), world=ALONE):
     return helpers_unit.training_of(network, PLACES, config or config_with(), **settings)
 
 
-def keeper_of(folder, training, config=None, signal=0, skip_broken=False):
+class FakeData:
+    """The same batches in every epoch, from the place that is asked for, with a name for each."""
+
+    classes, images = ("a", "b", "c"), 8
+
+    def __init__(self):
+        self.loader = None
+
+    def set_epoch(self, epoch, first_batch):
+        self.loader = batches(PLACES, 4)[first_batch:]
+
+    def names(self, epoch, places):
+        return [f"{place}.png" for place in places]
+
+
+def keeper_of(folder, training, config=None, signal=0):
     folder.mkdir(parents=True, exist_ok=True)
-    broken = BrokenImages(skip_broken, 0.5, 8, folder)
-    signals = SimpleNamespace(asked=lambda: signal)
-    return Keeper(config or config_with(), training, folder, ["a", "b", "c"], None, broken, signals)
+    return Keeper(config or config_with(), training, folder, FakeData(), None, SimpleNamespace(asked=lambda: signal))
 
 
 @pytest.fixture(autouse=True)
@@ -366,27 +377,12 @@ def test_kernels_are_not_measured_for_the_sizes_of_validation_images(tmp_path, m
 # A loss that is no number
 
 
-class FakeData:
-    """The same batches in every epoch, from the place that is asked for, with a name for each."""
-
-    def __init__(self):
-        self.loader = None
-
-    def set_epoch(self, epoch, first_batch):
-        self.loader = batches(PLACES, 4)[first_batch:]
-
-    def names(self, epoch, places):
-        return [f"{place}.png" for place in places]
-
-
 EVAL_DATA = to_score(batches(2, 4), rounds=2)
 
 
 def run(folder, training, config):
     """A whole run of two epochs; its keeper."""
     keeper = keeper_of(folder, training, config)
-    if config.TRAIN.ON_NONFINITE == "skip":
-        keeper.save()
     try:
         run_epochs(config, classification(), training, FakeData(), EVAL_DATA, keeper)
     finally:
@@ -408,66 +404,40 @@ def test_by_default_a_loss_that_is_no_number_ends_the_run_and_its_samples_are_li
     assert names(tmp_path) == ["best.pth", "ckpt_epoch_1.pth", "last.pth"]
 
 
-@pytest.mark.parametrize("every", [0, 2])
-@pytest.mark.parametrize("lost", [{(0, 0)}, {(0, 2), (0, 3), (1, 5)}])
-def test_a_run_that_skips_lost_updates_is_the_run_that_never_had_them(tmp_path, every, lost, caplog):
-    config = config_with(TRAIN__ON_NONFINITE="skip", TRAIN__SAVE_UPDATES=every)
-    training, unharmed = training_of(lost=lost), training_of()
-    unharmed.progress.skip = sorted(lost)
-    run(tmp_path / "skipping", training, config)
-    backs = [record.message for record in caplog.records if "going back to" in record.message]
-    run(tmp_path / "unharmed", unharmed, config)
-    assert equal(all_of(training), all_of(unharmed))
-    assert (training.progress.updates, training.progress.left_out) == (2 * PLACES - len(lost), len(lost))
-    assert metrics(tmp_path / "skipping") == metrics(tmp_path / "unharmed")
-    assert len(backs) == len(lost)
-    assert names(tmp_path / "skipping", "*.txt") == [
-        f"not_finite_epoch_{epoch}_update_{place + 1}.txt" for epoch, place in sorted(lost)
+def test_an_update_that_is_left_out_names_its_samples_and_does_no_harm(tmp_path, saved, caplog):
+    config = config_with(TRAIN__ON_NONFINITE="skip")
+    training = training_of(lost={(0, 0), (1, 5)})
+    keeper = run(tmp_path, training, config)
+    assert (training.progress.epoch, training.progress.updates, training.progress.left_out) == (2, 2 * PLACES - 2, 2)
+    assert saved == [(1, 0), (2, 0)]
+    lines = [record.message for record in caplog.records if "it is left out" in record.message]
+    assert [line.split(";")[0] for line in lines] == [
+        f"the loss became nan on rank 0 at update {place} of epoch {epoch}" for epoch, place in ((0, 1), (1, 6))
     ]
+    assert "5.png" in lines[1]
+    assert names(tmp_path, "*.txt") == ["not_finite_epoch_0_update_1.txt", "not_finite_epoch_1_update_6.txt"]
+    assert keeper.best["epoch"] in (0, 1)
 
 
-def test_going_back_names_the_update_the_checkpoint_and_the_samples(tmp_path, caplog):
-    config = config_with(TRAIN__ON_NONFINITE="skip", TRAIN__SAVE_UPDATES=2)
-    run(tmp_path, training_of(lost={(0, 3)}), config)
-    (line,) = [record.message for record in caplog.records if "going back to" in record.message]
-    assert line.startswith("the loss became nan on rank 0 at update 4 of epoch 0; going back to ")
-    assert "last.pth" in line
-    assert "3.png" in line
+def test_an_update_that_is_left_out_leaves_the_running_statistics_of_batch_norms(tmp_path):
+    config = config_with(TRAIN__ON_NONFINITE="skip")
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3)).double()
+    training = training_of(config, network=network)
+    data = batches(PLACES, 4)
+    data[1] = (data[1][0] * math.inf, *data[1][1:])
+    train_one_epoch(training, data, 2, keeper_of(tmp_path, training, config))
+    assert training.progress.left_out == 1
+    assert network[1].num_batches_tracked == PLACES - 1
+    assert all(buffer.isfinite().all() for buffer in network.buffers())
 
 
 def test_too_many_lost_updates_in_a_row_end_a_run_that_skips_them(tmp_path):
     config = config_with(TRAIN__ON_NONFINITE="skip", TRAIN__MAX_LEFT_OUT=3)
-    run(tmp_path / "few", training_of(lost={(0, 1), (0, 2), (0, 4), (0, 5)}), config)
-    training = training_of(lost={(0, 1), (0, 2), (0, 3)})
-    with pytest.raises(UserError, match=r"update 4 of epoch 0, and 2 updates before it were left out") as caught:
+    run(tmp_path / "few", training_of(config, lost={(0, 1), (0, 2), (0, 4), (0, 5)}), config)
+    training = training_of(config, lost={(0, 1), (0, 2), (0, 3)})
+    with pytest.raises(UserError, match=r"update 4 of epoch 0, and 3 updates in a row were left out") as caught:
         run(tmp_path / "many", training, config)
     assert "\n" not in str(caught.value)
-
-
-def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path):
-    training = training_of()
-    keeper = keeper_of(tmp_path, training, config := config_with(TRAIN__ON_NONFINITE="skip", TRAIN__SAVE_UPDATES=2))
-    train_one_epoch(training, batches(PLACES, 4), 2, keeper)
-    keeper.wait()
-    for name in ("last.pth", "ckpt_epoch_0_update_4.pth"):
-        (tmp_path / name).unlink()
-        (tmp_path / name).write_bytes(b"cut short")
-    keeper.on_not_finite(NotFiniteError("the loss became nan", [math.nan], 1.0), ["a.png"])
-    assert (training.progress.place, training.progress.skip) == (2, [(0, PLACES)])
-    assert config.TRAIN.ON_NONFINITE == "skip"
-
-
-def test_a_run_that_skips_has_something_to_go_back_to_wherever_it_began(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.trainer.setup_logging", lambda is_main, folder: None)
-    config = config_with(TRAIN__ON_NONFINITE="skip", MODEL__RESUME=str(tmp_path / "elsewhere.pth"))
-    training = training_of(lost={(0, 1)})
-    checkpoint.save(state_of(training, None, config, None), tmp_path / "elsewhere.pth")
-    found = Found(tmp_path / "elsewhere.pth", checkpoint.load(tmp_path / "elsewhere.pth"))
-    folder, data = tmp_path / "run", SimpleNamespace(images=24, classes=None)
-    folder.mkdir()
-    keeper = open_run(config, training, data, folder, found, SimpleNamespace(asked=int))
-    run_epochs(config, classification(), training, FakeData(), EVAL_DATA, keeper)
-    assert training.progress.skip == [(0, 1)]
 
 
 # Broken images
@@ -481,7 +451,8 @@ def test_a_broken_image_ends_the_run_before_its_update_unless_it_is_replaced(tmp
         train_one_epoch(training, data, 2, keeper_of(tmp_path / "stop", training))
     assert training.progress.updates == 2
     training = training_of()
-    keeper = keeper_of(tmp_path / "skip", training, skip_broken=True)
+    config = config_with(DATA__ON_ERROR="skip", DATA__MAX_BROKEN=0.5)
+    keeper = keeper_of(tmp_path / "skip", training, config)
     train_one_epoch(training, data, 2, keeper)
     keeper.save()
     keeper.wait()
@@ -535,7 +506,7 @@ def skip_a_loss(folder, world):
     run(folder, training, config)
     progress = training.progress
     weights = [parameter.flatten().tolist() for parameter in training.network.parameters()]
-    return [progress.epoch, progress.updates, progress.skip, weights]
+    return [progress.epoch, progress.updates, progress.left_out, weights]
 
 
 @pytest.fixture(scope="module")
@@ -570,7 +541,7 @@ def test_samples_of_all_ranks_are_listed_where_one_lost_its_loss(pair):
 
 
 @pytest.mark.slow
-def test_all_ranks_go_back_from_a_loss_that_one_lost(pair):
+def test_all_ranks_leave_out_an_update_whose_loss_one_lost(pair):
     seen, _ = pair
     assert seen[0]["skip"] == seen[1]["skip"]
-    assert seen[0]["skip"][:3] == [2, 2 * PLACES - 1, [[0, 3]]]
+    assert seen[0]["skip"][:3] == [2, 2 * PLACES - 1, 1]

@@ -27,14 +27,13 @@ def test_steps_and_updates_agree_with_counting_them(steps_per_epoch, accumulatio
         if held == accumulation or step == steps_per_epoch - 1:  # the tail of an epoch counts
             sizes.append(held)
             held = 0
-    assert [steps.steps_of_update(update) for update in range(steps.updates_per_epoch)] == sizes
+    assert [len(steps.batches_of_update(update)) for update in range(steps.updates_per_epoch)] == sizes
     assert steps.updates == epochs * len(sizes)
 
 
 def test_a_new_run_is_at_its_beginning():
     assert counts(Progress()) == (0, 0, 0, 0, 0)
     assert Progress().window == Window(0, 0.0, 0.0)
-    assert Progress().skip is not Progress().skip
 
 
 def test_an_update_that_is_taken_moves_the_place_and_the_schedule():
@@ -71,7 +70,7 @@ def test_an_epoch_that_ends_keeps_the_counts_of_the_run():
 
 
 def advanced():
-    progress = Progress(epoch=2, skip=[(0, 3), (2, 1)], broken=["a.png: empty", "b.png: text"])
+    progress = Progress(epoch=2, broken=["a.png: empty", "b.png: text"])
     progress.take(0.1 + 0.2, 1 / 3)
     progress.leave_out()
     return progress
@@ -82,12 +81,6 @@ def test_progress_comes_back_from_a_file_as_it_was(tmp_path):
     back = Progress()
     back.load_state_dict(torch.load(tmp_path / "progress.pth", weights_only=True))
     assert back == advanced()
-
-
-def test_places_to_skip_are_found_again_whatever_a_file_made_of_them():
-    back = Progress()
-    back.load_state_dict({**advanced().state_dict(), "skip": [[0, 3], [2, 1]]})
-    assert (2, 1) in back.skip
 
 
 def test_what_a_checkpoint_adds_is_not_taken_over():
@@ -103,6 +96,5 @@ def test_neither_what_was_given_nor_what_was_taken_over_changes_with_the_run():
     other.load_state_dict(state)
     for one in (progress, other):
         one.take(1.0, 1.0)
-        one.skip.append((2, 2))
         one.broken.append("c.png: empty")
     assert state == advanced().state_dict()

@@ -1,7 +1,9 @@
 """What a run starts from: which checkpoint, whether it is of the same run, and all that comes back from it."""
 
 import logging
+import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,7 +40,7 @@ def trained(epochs=1, config=None):
     for epoch in range(epochs):
         train(training, batches(6, 4), epoch)
     training.progress.epoch, training.progress.place = epochs, 2
-    training.progress.skip, training.progress.broken = [(0, 1)], ["a.png: empty"]
+    training.progress.broken = ["a.png: empty"]
     return training
 
 
@@ -85,20 +87,28 @@ def test_a_run_gone_on_with_from_a_checkpoint_takes_the_same_updates(tmp_path):
     assert equal(all_of(fresh), all_of(original))
 
 
-def test_a_run_gone_on_with_reports_the_same_learning_rate_at_a_place_that_is_skipped(tmp_path):
-    reports = []
+def test_a_run_gone_on_with_reports_the_same_learning_rate_where_an_update_is_left_out(tmp_path):
+    def training_that_loses_an_update():
+        training = training_of(small_network(), 6, config, scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+        criterion, progress = training.criterion, training.progress
+
+        def losing(logits, targets):
+            return criterion(logits, targets) + (math.nan if (progress.epoch, progress.place) == (1, 0) else 0)
+
+        return replace(training, criterion=losing)
+
+    reports, config = [], config_with(TRAIN__WARMUP_EPOCHS=3, TRAIN__WARMUP_LR=0.0)
     for resumes in (False, True):
-        config = config_with(TRAIN__WARMUP_EPOCHS=3, TRAIN__WARMUP_LR=0.0)
-        training = training_of(small_network(), 6, config)
-        training.progress.skip = [(1, 0)]
+        training = training_that_loses_an_update()
         train(training, batches(6, 4))
         training.progress.end_epoch()
         if resumes:
             checkpoint.save(state_of(training, None, config, None), tmp_path / "x.pth")
-            training = training_of(small_network(), 6, config)
+            training = training_that_loses_an_update()
             restore(checkpoint.load(tmp_path / "x.pth"), training, config)
-        reports.append([(report.update, report.lr) for report in train(training, batches(6, 4), 1)])
+        reports.append([(report.update, report.left_out, report.lr) for report in train(training, batches(6, 4), 1)])
     assert reports[0] == reports[1]
+    assert reports[0][0][1] == 1
 
 
 def test_a_checkpoint_tells_what_its_run_was(tmp_path):

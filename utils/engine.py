@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -15,19 +15,12 @@ from tqdm import tqdm
 
 from data.build import EvalData
 from utils.dist import World, any_rank, gather, gather_objects
-from utils.errors import BrokenDataError, NotFiniteError, Stopped, UserError
+from utils.errors import BrokenDataError, Stopped, UserError
 from utils.meter import Meter, Report
 from utils.metrics import ScoreSums, Sums, TaskScore
 from utils.precision import Precision
 from utils.progress import Progress, Steps
 from utils.seeding import number_for, seed_everything
-
-
-class Batches(Sized, Iterable[Any], Protocol):
-    """A loader of (images, targets, complaints about broken images: B texts, mostly empty).
-
-    To classify, 8-bit images [B, C, H, W] and class numbers [B]; other tasks have whatever has a `to(device)`.
-    """
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class Training:
         steps: Steps and updates of the training.
         batch_size: Images of a micro-batch on each rank.
         clip_grad: Largest gradient norm of an update, 0 for no clipping.
-        most_left_out: Updates in a row that the loss scaler may leave out.
+        most_left_out: Updates in a row whose leaving out ends the run; 0 where none is left out.
         seed: The run's.
         progress: How far the run is.
     """
@@ -93,23 +86,37 @@ class Watch:
     def on_update(self, signal: int, failed: bool) -> None:
         """Told after each update, on all ranks, what the alarms of all ranks were before it."""
 
+    def on_not_finite(self, what: str, losses: list[float]) -> None:
+        """Told on all ranks of an update whose loss or gradients are no numbers, before it is left out.
+
+        Args:
+            what: What became no number, and where.
+            losses: The loss on each rank.
+
+        Raises:
+            UserError: Where the run must not go on.
+        """
+        raise UserError(what)
+
     def on_report(self, report: Report) -> None:
         """Told how training goes."""
 
 
-def train_one_epoch(training: Training, loader: Batches, report_every: int, watch: Watch) -> None:
+def train_one_epoch(training: Training, loader: Iterable[Any], report_every: int, watch: Watch) -> None:
     """Trains to the end of the epoch that the run is in.
 
     Args:
         training: All that an update needs.
-        loader: Micro-batches of this rank for this epoch, from the place that the run has reached.
+        loader: Micro-batches of this rank for this epoch, from the place that the run has reached: (images, targets,
+            complaints about broken images: B texts, mostly empty). To classify, 8-bit images [B, C, H, W] and class
+            numbers [B]; other tasks have whatever has a `to(device)`.
         report_every: Updates between reports; the last update of an epoch is always reported.
         watch: Told what happens.
 
     Raises:
-        NotFiniteError: If the loss or the gradients of an update are no numbers on some rank; all ranks raise it, and
-            the update is not taken. Under the loss scaler this is normal, and the update is left out.
-        UserError: If too many updates in a row are left out, or the loader gives fewer batches than an epoch has.
+        UserError: If the loader gives fewer batches than an epoch has, or the loss or the gradients of an update are no
+            numbers on some rank: all ranks raise it, and the update is not taken. Under the loss scaler, or where the
+            watch lets it be, such an update is left out, unless too many in a row are.
     """
     training.model.train()
     progress, steps, world = training.progress, training.steps, training.world
@@ -137,15 +144,10 @@ def train_one_epoch(training: Training, loader: Batches, report_every: int, watc
 def _take_update(training: Training, batches: Iterator[Any], meter: Meter, watch: Watch) -> tuple[int, bool]:
     """Takes the update of the place that the run is at, or leaves it out; returns the alarms of all ranks."""
     progress = training.progress
-    micro_steps = training.steps.steps_of_update(progress.place)
+    micro_steps = len(training.steps.batches_of_update(progress.place))
     meter.add_update(micro_steps * training.batch_size * training.world.size)
-    if (progress.epoch, progress.place) in progress.skip:
-        for _ in range(micro_steps):
-            _next(training, batches, meter)
-        progress.leave_out()
-        return 0, False
-    # A forward pass that overflows under the loss scaler spoils the running statistics of batch norms, too.
-    buffers = [buffer.clone() for buffer in training.network.buffers()] if training.scaler.is_enabled() else []
+    # A forward pass that ends in no numbers spoils the running statistics of batch norms, too.
+    buffers = [buffer.clone() for buffer in training.network.buffers()] if training.most_left_out else []
     loss, complaints = _accumulate(training, batches, micro_steps, meter)
     training.scaler.unscale_(training.optimizer)
     norm = nn.utils.clip_grad_norm_(training.network.parameters(), training.clip_grad or math.inf)
@@ -159,7 +161,7 @@ def _take_update(training: Training, batches: Iterator[Any], meter: Meter, watch
         if training.ema:
             training.ema.update(training.network, step=progress.updates)
     else:
-        _leave_out(training, votes, buffers)
+        _leave_out(training, votes, buffers, watch)
     training.scaler.update()
     training.optimizer.zero_grad(set_to_none=True)
     return votes.signal, votes.failed
@@ -225,14 +227,13 @@ def _vote(loss: Tensor, norm: Tensor, complaints: int, signal: int, failed: bool
     return _Votes(losses, grad_norm, int(sum(complaints_of)), int(max(signals)), any(failures))
 
 
-def _leave_out(training: Training, votes: _Votes, buffers: list[Tensor]) -> None:
+def _leave_out(training: Training, votes: _Votes, buffers: list[Tensor], watch: Watch) -> None:
     progress = training.progress
     where = f"update {progress.place + 1} of epoch {progress.epoch}"
     losses = ", ".join(f"{loss} on rank {rank}" for rank, loss in enumerate(votes.losses) if not math.isfinite(loss))
     what = f"the loss became {losses}" if losses else f"the norm of the gradients became {votes.grad_norm}"
-    if not training.scaler.is_enabled():
-        training.optimizer.zero_grad(set_to_none=True)
-        raise NotFiniteError(f"{what} at {where}", votes.losses, votes.grad_norm)
+    if not training.scaler.is_enabled():  # under which this is normal
+        watch.on_not_finite(f"{what} at {where}", votes.losses)
     for buffer, before in zip(training.network.buffers(), buffers, strict=True):
         buffer.copy_(before)
     progress.leave_out()

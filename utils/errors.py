@@ -18,21 +18,8 @@ class LostRankError(UserError):
     """Another rank died or hangs, which each of the others meets by itself."""
 
 
-class NotFiniteError(UserError):
-    """The loss or the gradients of an update are no numbers; all ranks meet it before the update is taken.
-
-    Attributes:
-        losses: The loss on each rank.
-        grad_norm: The norm of the gradients, which all ranks share.
-    """
-
-    def __init__(self, message: str, losses: list[float], grad_norm: float) -> None:
-        super().__init__(message)
-        self.losses, self.grad_norm = losses, grad_norm
-
-
 class Stopped(Exception):
-    """A signal asked the run to stop; its checkpoint is written.
+    """A signal asked the run to stop.
 
     Attributes:
         signal: The signal's number.

@@ -10,17 +10,18 @@ from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
+from data.build import TrainData
 from utils import checkpoint
-from utils.broken import BrokenImages
+from utils.broken import add_broken
 from utils.curves import draw_curves
 from utils.dist import gather_objects, together
 from utils.engine import Training, Watch
-from utils.errors import NotFiniteError, Stopped, UserError, listing
+from utils.errors import Stopped, UserError, listing
 from utils.logger import MetricsLog
 from utils.meter import Report
 from utils.metrics import TaskScore
 from utils.report import log_report, log_scores
-from utils.resume import restore, state_of
+from utils.resume import state_of
 from utils.signals import StopSignals
 from utils.tracking import Tracker
 from utils.writer import BackgroundWriter
@@ -35,10 +36,9 @@ class Keeper(Watch):
         config: The configuration.
         training: What trains.
         folder: The run's.
-        classes: Class names by number, or None.
+        train_data: What it trains on.
         best: The best epoch so far: {'epoch', 'of', and the measure that it was chosen by: 'acc1'}, or None; rank 0
             alone must know it.
-        broken: What becomes of broken images.
         signals: What asks this rank to stop.
     """
 
@@ -47,25 +47,18 @@ class Keeper(Watch):
         config: CfgNode,
         training: Training,
         folder: Path,
-        classes: list[str] | None,
+        train_data: TrainData,
         best: dict[str, Any] | None,
-        broken: BrokenImages,
         signals: StopSignals,
     ) -> None:
-        self._config, self._training, self.folder, self._classes = config, training, folder, classes
-        self._broken, self._signals = broken, signals
+        self._config, self._training, self.folder, self._train_data = config, training, folder, train_data
+        self.best, self._signals = best, signals
         self._writer, self._failure, self._copy = BackgroundWriter(), None, None
         self._saved_at = time.monotonic()
-        self.best = best
-        self._tracker = Tracker(folder, config) if config.WANDB and training.world.is_main else None
-        self._metrics = self._open_metrics()
-
-    def _open_metrics(self) -> MetricsLog:
-        progress = self._training.progress
-        reached = progress.position(self._training.steps.updates_per_epoch)
-        is_scored = progress.place == 0
-        folder = self.folder if self._training.world.is_main else None
-        return MetricsLog(folder, reached, is_scored, self._tracker)
+        is_main, progress = training.world.is_main, training.progress
+        self._tracker = Tracker(folder, config) if config.WANDB and is_main else None
+        reached = progress.position(training.steps.updates_per_epoch)
+        self._metrics = MetricsLog(folder if is_main else None, reached, progress.place == 0, self._tracker)
 
     def asked_to_stop(self) -> int:
         """The signal that asks this rank to stop, or 0."""
@@ -77,8 +70,9 @@ class Keeper(Watch):
 
     def on_broken(self, complaints: list[str]) -> None:
         """Lists broken images, or stops at them."""
+        folder = self.folder if self._training.world.is_main else None
         with together():
-            self._broken.add(self._training.progress.broken, complaints)
+            add_broken(self._training.progress.broken, complaints, self._config.DATA, self._train_data.images, folder)
 
     def on_report(self, report: Report) -> None:
         """Logs how training goes."""
@@ -147,50 +141,25 @@ class Keeper(Watch):
                 raise self._failure
             self._writer.wait()
 
-    def on_not_finite(self, error: NotFiniteError, names: list[str]) -> None:
-        """Ends the run at an update whose loss or gradients are no numbers, or goes back to skip its samples.
-
-        Args:
-            error: What the update ended with.
-            names: What this rank's samples of the update are called.
-
-        Raises:
-            UserError: Where the run is to stop, or too many updates in a row were left out; on all ranks.
-        """
-        progress, train = self._training.progress, self._config.TRAIN
-        place = (progress.epoch, progress.place)
-        listed = self._list_samples(error, gather_objects(names))
-        if train.ON_NONFINITE == "stop":
-            raise UserError(
-                f"{error}; it was not taken, and {listed}: mend those, lower TRAIN.BASE_LR, set TRAIN.CLIP_GRAD, try "
-                "--precision fp32, or set TRAIN.ON_NONFINITE skip"
-            )
-        if progress.left_out_in_row + 1 >= train.MAX_LEFT_OUT:
-            raise UserError(
-                f"{error}, and {progress.left_out_in_row} updates before it were left out; {listed}: "
-                "lower TRAIN.BASE_LR"
-            )
-        self.wait()
-        skip = [*progress.skip, place]
-        with together():
-            path, state = checkpoint.newest(self.folder)
-            restore(state, self._training, self._config)
-        progress.skip = skip
-        self._metrics.close()
-        self._metrics = self._open_metrics()
-        _log.warning("%s; going back to %s to leave it out; %s", error, path, listed)
-
-    def _list_samples(self, error: NotFiniteError, names: list[list[str]]) -> str:
-        """Writes the samples of an update of all ranks into a file; tells of it, and of the first ones."""
-        progress = self._training.progress
+    def on_not_finite(self, what: str, losses: list[float]) -> None:
+        """Lists the samples of an update whose loss or gradients are no numbers, and ends a run that does not skip."""
+        progress, steps = self._training.progress, self._training.steps
+        own = self._train_data.names(progress.epoch, steps.batches_of_update(progress.place))
+        names = gather_objects(own)
         path = self.folder / f"not_finite_epoch_{progress.epoch}_update_{progress.place + 1}.txt"
         lines = [f"rank {rank}\t{name}\n" for rank, of_rank in enumerate(names) for name in of_rank]
         with together():
             if self._training.world.is_main:
                 checkpoint.write_text(path, "".join(lines))
-        suspects = [rank for rank, loss in enumerate(error.losses) if not math.isfinite(loss)] or range(len(names))
+        suspects = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(names))
         first = [name for rank in suspects for name in names[rank]]
-        return f"its samples are listed in {path} (of rank {', '.join(map(str, suspects))}: {listing(first)})"
+        listed = f"its samples are listed in {path} (of rank {', '.join(map(str, suspects))}: {listing(first)})"
+        if self._config.TRAIN.ON_NONFINITE == "stop":
+            raise UserError(
+                f"{what}; it was not taken, and {listed}: mend those, lower TRAIN.BASE_LR, set TRAIN.CLIP_GRAD, try "
+                "--precision fp32, or set TRAIN.ON_NONFINITE skip"
+            )
+        _log.warning("%s; it is left out, and %s", what, listed)
 
     def close(self) -> None:
         """Lets the last checkpoint be written, and closes the logs."""
@@ -219,7 +188,7 @@ class Keeper(Watch):
     def _save(self, is_best: bool) -> None:
         progress = self._training.progress
         self._writer.wait()  # it reads the copy that is about to be overwritten
-        state = state_of(self._training, self.best, self._config, self._classes)
+        state = state_of(self._training, self.best, self._config, self._train_data.classes)
         self._copy = checkpoint.on_host(state, self._copy)
         self._writer.submit(
             partial(

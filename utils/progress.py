@@ -28,10 +28,6 @@ class Steps:
         """Optimizer steps of the run."""
         return self.epochs * self.updates_per_epoch
 
-    def steps_of_update(self, update_in_epoch: int) -> int:
-        """Micro-batches of an epoch's update."""
-        return len(self.batches_of_update(update_in_epoch))
-
     def batches_of_update(self, update_in_epoch: int) -> range:
         """Which of an epoch's micro-batches its update takes."""
         first = update_in_epoch * self.accumulation
@@ -66,7 +62,6 @@ class Progress:
         updates: Updates taken in the run.
         left_out: Updates left out in the run.
         left_out_in_row: Updates left out since the last one that was taken.
-        skip: Places (epoch, place) to pass over without training.
         broken: Complaints about broken images, each once, in the order in which they were met.
         window: Sums since the last report.
     """
@@ -76,7 +71,6 @@ class Progress:
     updates: int = 0
     left_out: int = 0
     left_out_in_row: int = 0
-    skip: list[tuple[int, int]] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     window: Window = field(default_factory=Window)
 
@@ -111,6 +105,5 @@ class Progress:
         """Takes over what `state_dict` gave; keys of other names are none of its business."""
         for name in self.__dataclass_fields__:
             setattr(self, name, state[name])
-        self.skip = [tuple(place) for place in state["skip"]]
         self.broken = list(state["broken"])
         self.window = Window(**state["window"])

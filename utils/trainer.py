@@ -12,11 +12,10 @@ from yacs.config import CfgNode
 
 from data.build import EvalData, TrainData
 from utils import checkpoint
-from utils.broken import BrokenImages
 from utils.config import accumulation_steps
 from utils.dist import World, broadcast_buffers, together
 from utils.engine import Training, evaluate, train_one_epoch
-from utils.errors import NotFiniteError, Stopped, UserError
+from utils.errors import Stopped, UserError
 from utils.keeper import Keeper
 from utils.lock import RunLock
 from utils.logger import setup_logging
@@ -31,7 +30,6 @@ from utils.resume import (
     find_state,
     fit_to_ranks,
     go_back,
-    lies_in,
     restore,
     start_from_pretrained,
     steps_of_epoch,
@@ -126,13 +124,15 @@ def build_training(
             device_ids=[world.device.index] if on_gpus else None,
             gradient_as_bucket_view=True,
         )
+    scaler = precision.grad_scaler()
+    leaves_out = scaler.is_enabled() or config.TRAIN.ON_NONFINITE == "skip"
     return Training(
         network=network,
         model=model,
         criterion=task.build_loss(config),
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, steps, world.size),
-        scaler=precision.grad_scaler(),
+        scaler=scaler,
         ema=ema,
         finish=task.build_finish(config, world.device),
         batch_transform=task.build_batch_transform(config, network, precision),
@@ -141,7 +141,7 @@ def build_training(
         steps=steps,
         batch_size=config.DATA.BATCH_SIZE,
         clip_grad=config.TRAIN.CLIP_GRAD,
-        most_left_out=config.TRAIN.MAX_LEFT_OUT,
+        most_left_out=config.TRAIN.MAX_LEFT_OUT if leaves_out else 0,
         seed=config.SEED,
         progress=Progress(),
     )
@@ -189,7 +189,7 @@ def open_run(
     Args:
         config: The configuration to keep with the run.
         training: What trains, where the run is.
-        train_data: The data, for its classes and number of images.
+        train_data: What it trains on.
         folder: The run's.
         found: The checkpoint that the run goes on from, if any.
         signals: What asks the run to stop.
@@ -203,13 +203,7 @@ def open_run(
         if found:
             best = go_back(found, folder)
         checkpoint.write_text(folder / "config.yaml", config.dump())
-    broken = BrokenImages(
-        config.DATA.ON_ERROR == "skip", config.DATA.MAX_BROKEN, train_data.images, folder if is_main else None
-    )
-    keeper = Keeper(config, training, folder, train_data.classes, best, broken, signals)
-    if config.TRAIN.ON_NONFINITE == "skip" and not (found and lies_in(folder, found.path)):
-        keeper.save()  # to go back to
-    return keeper
+    return Keeper(config, training, folder, train_data, best, signals)
 
 
 def run_epochs(
@@ -232,12 +226,7 @@ def run_epochs(
     progress, steps = training.progress, training.steps
     while progress.epoch < steps.epochs:
         train_data.set_epoch(progress.epoch, progress.place * steps.accumulation)
-        try:
-            train_one_epoch(training, train_data.loader, config.PRINT_FREQ, keeper)
-        except NotFiniteError as error:
-            names = train_data.names(progress.epoch, steps.batches_of_update(progress.place))
-            keeper.on_not_finite(error, names)
-            continue
+        train_one_epoch(training, train_data.loader, config.PRINT_FREQ, keeper)
         try:
             scores = evaluate_epoch(config, task, training, eval_data, keeper)
         except Stopped as stopped:
