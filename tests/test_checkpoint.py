@@ -347,6 +347,18 @@ def test_a_disk_that_forgets_the_end_is_noticed(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
+def test_it_is_the_disk_that_is_read_back(tmp_path, monkeypatch):
+    advised, advise = [], os.posix_fadvise
+
+    def note(descriptor, start, length, advice):
+        advised.append((Path(f"/proc/self/fd/{descriptor}").resolve().name, start, length, advice))
+        advise(descriptor, start, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    checkpoint.save(STATE, tmp_path / "x.pth")
+    assert advised == [("x.pth.tmp", 0, 0, os.POSIX_FADV_DONTNEED)]  # of the whole file nothing stays in memory
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         checkpoint.save(STATE, tmp_path / "nowhere" / "x.pth")

@@ -111,6 +111,8 @@ class _HashingFile:
 def _hash_of(path: Path) -> bytes:
     hasher = hashlib.sha256()
     with open(path, "rb") as file:
+        if hasattr(os, "posix_fadvise"):  # or memory would answer for the disk
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := file.read(_CHUNK):
             hasher.update(chunk)
     return hasher.digest()
