@@ -6,11 +6,14 @@ a *complaint* beside a blank image, or beside another image where broken ones ar
 decides.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 from unicodedata import normalize
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import IterableImageDataset, create_dataset
@@ -72,14 +75,17 @@ class FolderSource:
         if not self.classes:
             raise UserError(f"{root} has no class folders: put images in {root}/<class>/, or name another --data-path")
         # Not by torchvision's ImageFolder, which passes over folders that it cannot read.
-        self._samples = [
-            (f"{folder}/{file}", number)
+        samples = [
+            (os.fsencode(f"{folder}/{file}"), number)
             for number, name in enumerate(self.classes)
             for folder, files in sorted(walk(root / name))
             for file in sorted(files)
             if file.lower().endswith(IMG_EXTENSIONS)
         ]
-        full = {number for _, number in self._samples}
+        # Arrays, as reading an object would copy its page of memory into every loader's process.
+        self._paths = np.array([path for path, _ in samples], np.bytes_)
+        self._targets = np.array([number for _, number in samples], np.int64)
+        full = set(self._targets.tolist())
         empty = [name for number, name in enumerate(self.classes) if number not in full]
         if empty and not allow_empty:
             others = endings(str(path) for name in empty for path in files_below(root / name))
@@ -89,20 +95,19 @@ class FolderSource:
             )
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._paths)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Opens a file."""
-        path, target = self._samples[index]
-        return Image.open(path), target
+        return Image.open(self.name(index)), int(self._targets[index])
 
     def name(self, index: int) -> str:
         """The file's path."""
-        return self._samples[index][0]
+        return os.fsdecode(self._paths[index])
 
     def class_of(self, index: int) -> str | None:
         """The name of its class's folder."""
-        return self.classes[self._samples[index][1]]
+        return self.classes[self._targets[index]]
 
 
 class TimmSource:
@@ -232,7 +237,8 @@ class ImageStream(IterableDataset):
         world: This process among all.
         seed: The run's seed in training; None for evaluation.
         batch_size: Images of a batch, which an epoch that is gone on with is skipped ahead by.
-        replace: Whether the next sample takes a broken one's place.
+        replace: Whether the sample before takes a broken one's place: a reader gives each worker so many, and a place
+            that stayed empty would be missing in the end, and put a run gone on with off its place.
     """
 
     def __init__(
@@ -265,23 +271,28 @@ class ImageStream(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         epoch, first_batch = self._start.tolist()
         passed = len(range(worker, first_batch, workers)) * self._batch_size  # workers give batches in turn
-        complaint = ""
+        latest = None
         for count, (image, target) in enumerate(self._raw()):
+            before, latest = latest, (image, target)
             if self._seed is not None:
                 if count < passed:
                     continue
                 seed_host(number_for(self._seed, "augment stream", epoch, self._world.rank, worker, count))
             elif count % self._world.size != self._world.rank:
                 continue
+            complaint = ""
             try:
                 image = self._transform.decode(image)
             except Exception as error:
                 complaint = f"an image of the stream is broken ({reason(error)})"
-                if self._replace:
-                    continue
-                image = self._transform.decode(blank_image())
+                image, target = self._replacement(before) or (self._transform.decode(blank_image()), target)
             yield self._transform.augment(image), int(target), complaint
-            complaint = ""
+
+    def _replacement(self, before: tuple[Image.Image, int] | None) -> tuple[Image.Image, int] | None:
+        if self._replace and before:
+            with suppress(Exception):
+                return self._transform.decode(before[0]), before[1]
+        return None
 
     def _raw(self) -> Iterator[tuple[Image.Image, int]]:
         try:
@@ -313,7 +324,7 @@ def open_split(config: CfgNode, split: str, is_training: bool) -> Source | Itera
         UserError: If there is no such data.
     """
     name = config.DATA.DATASET
-    root = Path() if name.startswith(("hfds/", "hfids/", "tfds/")) else data_root(config)
+    root = Path() if name.lower().startswith(("hfds/", "hfids/", "tfds/")) else data_root(config)
     if name in _FOLDER_NAMES:
         if not root.is_dir():
             raise UserError(

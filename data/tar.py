@@ -190,7 +190,7 @@ def _bytes(name: str) -> bytes:
 def _scanned(file: tarfile.TarFile, first: tarfile.TarInfo | None) -> Iterator[Member]:
     for member in chain([first] if first else [], iter(file.next, None)):
         file.members.clear()  # which would hold all headers
-        name = member.name.removeprefix("./")
+        name = member.name.removeprefix("./").lstrip("/")  # as it would be unpacked
         if not _is_image(name):
             continue
         if not member.isreg() or member.issparse():

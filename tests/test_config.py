@@ -259,6 +259,11 @@ def test_a_published_file_loads_unchanged(tmp_path):
     assert accumulation_steps(config) == 1  # published files write 0 for no accumulation
 
 
+def test_a_number_beyond_all_floats_is_refused_in_a_line():
+    with pytest.raises(UserError, match=r"^--opts: TRAIN\.BASE_LR is .* but must be "):
+        merge_options(default_config(), ["TRAIN.BASE_LR", "9" * 400])
+
+
 def test_a_published_file_builds_the_network_that_it_describes(tmp_path):
     config = load_text(tmp_path, PUBLISHED_FILE)
     with torch.device("meta"):

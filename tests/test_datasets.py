@@ -714,11 +714,22 @@ def test_a_broken_image_of_a_stream_is_a_complaint_on_a_blank():
     assert re.fullmatch(r"an image of the stream is broken \(.+\)", found[0][2])
 
 
-def test_the_next_image_of_a_stream_takes_a_broken_ones_place():
+def test_the_image_before_takes_a_broken_ones_place_in_a_stream():
     stream = stream_of(7, ALONE, 0, grey, "L", reader=PartlyBroken, replace=True)
     found = list(stream)
-    assert [sample[:2] for sample in found] == [(1, 1), (2, 2), (5, 2), (6, 0)]
-    assert [bool(complaint) for _, _, complaint in found] == [True, False, True, False]
+    # None is before the first, and the one before the fifth is broken, too: a blank is black.
+    assert [sample[:2] for sample in found] == [(0, 0), (1, 1), (2, 2), (2, 2), (0, 1), (5, 2), (6, 0)]
+    assert [bool(complaint) for _, _, complaint in found] == [True, False, False, True, True, False, False]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_with_broken_images_goes_on_at_its_place(workers):
+    stream = stream_of(12, ALONE, 0, grey, "L", reader=PartlyBroken, replace=True, batch_size=1)
+    whole = batches_of(stream, workers, 1)
+    assert len(whole) == 12
+    for first in range(0, 12, max(workers, 1)):
+        stream.set_epoch(0, first)
+        assert batches_of(stream, workers, 1) == whole[first:], first
 
 
 def test_a_stream_that_cannot_be_read_on_is_an_error():

@@ -399,7 +399,7 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
     if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if wanted is list and isinstance(value, (list, tuple)):
         kind = type(default[0]) if default else _KINDS.get(name, float)
