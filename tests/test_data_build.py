@@ -416,10 +416,10 @@ def test_a_streams_broken_images_are_replaced_where_asked_for(streamed, on_error
     streamed.AUG.COLOR_JITTER = 0.0
     data = build_train_data(streamed, ALONE)
     good, cut = list(data.loader.dataset.dataset.reader), Image.open(io.BytesIO(b"P6 40 36 255\n"))
-    data.loader.dataset.dataset.reader = [(cut, 0), *good]
+    data.loader.dataset.dataset.reader = [good[1], (cut, 0), *good]
     images, _, complaints = next(iter(data.loader))
-    assert [bool(complaint) for complaint in complaints] == [True, False, False, False]
-    assert [number_of(image) for image in images] == ([0, 0, 1, 2] if on_error == "stop" else [0, 1, 2, 3])
+    assert [bool(complaint) for complaint in complaints] == [False, True, False, False]
+    assert [number_of(image) for image in images] == ([1, 0, 0, 1] if on_error == "stop" else [1, 1, 0, 1])
 
 
 def test_a_streams_epochs_are_told_to_its_reader(streamed):
