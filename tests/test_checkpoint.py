@@ -646,9 +646,9 @@ SAVED = [(0, 3), (1, 0), (1, 3), (2, 0), (3, 0), (3, 3), (4, 0), (4, 3)]
 def saved(folder, numbers=SAVED, best=(1, 3), every=1, keep=1):
     """Saves as a run does that was best after some epochs."""
     for epoch, place in numbers:
-        state = {"model": {}, "at": [epoch, place]}
+        state = {"model": {}, "at": [epoch, place], "progress": {"epoch": epoch, "place": place}}
         is_best = place == 0 and epoch in best
-        checkpoint.save_numbered(state, folder, epoch, place, is_best=is_best, every=every, keep=keep)
+        checkpoint.save_numbered(state, folder, is_best=is_best, every=every, keep=keep)
 
 
 def test_a_run_leaves_the_last_the_best_the_two_newest_and_milestones(tmp_path):

@@ -94,9 +94,9 @@ def saved(monkeypatch):
     """The epochs and places of which checkpoints are written."""
     places, save = [], checkpoint.save_numbered
 
-    def note(state, folder, epoch, place, **settings):
-        places.append((epoch, place))
-        save(state, folder, epoch, place, **settings)
+    def note(state, folder, **settings):
+        places.append((state["progress"]["epoch"], state["progress"]["place"]))
+        save(state, folder, **settings)
 
     monkeypatch.setattr(checkpoint, "save_numbered", note)
     return places

@@ -49,7 +49,7 @@ def save(folder, epochs=1, config=None):
     config, training = config or config_with(), trained(epochs, config)
     folder.mkdir(exist_ok=True)
     state = state_of(training, {"epoch": 0, "of": "ema", "acc1": 50.0}, config, ["a", "b"])
-    checkpoint.save_numbered(state, folder, epochs, 2, is_best=False, every=1, keep=9)
+    checkpoint.save_numbered(state, folder, is_best=False, every=1, keep=9)
     return folder / checkpoint.name_of(epochs, 2)
 
 
@@ -243,7 +243,7 @@ def three_epochs(tmp_path):
         training.progress.place = 0
         folder.mkdir(exist_ok=True)
         state = state_of(training, best_of(epoch), config_with(), None)
-        checkpoint.save_numbered(state, folder, epoch + 1, 0, is_best=True, every=1, keep=9)
+        checkpoint.save_numbered(state, folder, is_best=True, every=1, keep=9)
     return folder
 
 

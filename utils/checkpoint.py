@@ -300,23 +300,20 @@ def _by_age(folder: Path) -> list[tuple[tuple[int, int], Path]]:
     return sorted(((int(match[1]), int(match[2] or 0)), path) for match, path in matches if match)
 
 
-def save_numbered(
-    state: Mapping[str, Any], folder: Path, epoch: int, place: int, *, is_best: bool, every: int, keep: int
-) -> None:
-    """Writes a checkpoint under its number, as last.pth, and as best.pth if it is; then removes old ones.
+def save_numbered(state: Mapping[str, Any], folder: Path, *, is_best: bool, every: int, keep: int) -> None:
+    """Writes a run's checkpoint under its number, as last.pth, and as best.pth if it is; then removes old ones.
 
     A run that is killed in between goes on from what is there; `restore_best` makes up for best.pth.
 
     Args:
-        state: The checkpoint.
+        state: The checkpoint, with the progress that numbers it.
         folder: Where to.
-        epoch: Epochs completed.
-        place: Updates of the next epoch.
         is_best: Whether no epoch before was better.
         every: Epochs between checkpoints that are kept.
         keep: How many of those to keep.
     """
-    path = folder / name_of(epoch, place)
+    progress = state["progress"]
+    path = folder / name_of(progress["epoch"], progress["place"])
     save(state, path)
     copy(path, folder / LAST)
     if is_best:

@@ -76,7 +76,7 @@ class Keeper(Watch):
 
     def on_report(self, report: Report) -> None:
         """Logs how training goes."""
-        self._attempt(partial(log_report, report, self._training, self._metrics))
+        self._attempt(log_report, report, self._training, self._metrics)
 
     def on_update(self, signal: int, failed: bool) -> None:
         """Saves where it is time to.
@@ -106,14 +106,14 @@ class Keeper(Watch):
         is_best = self.best is None or reached > self.best[first]
         if is_best:
             self.best = {"epoch": epoch, "of": of, first: reached}
-        self._attempt(partial(log_scores, scores, self.best, epoch, training, self._metrics))
-        self._attempt(partial(draw_curves, self.folder, training.steps.updates_per_epoch, measures))
+        self._attempt(log_scores, scores, self.best, epoch, training, self._metrics)
+        self._attempt(draw_curves, self.folder, training.steps.updates_per_epoch, measures)
         training.progress.end_epoch()
         self.save(is_best)
 
     def save(self, is_best: bool = False) -> None:
         """Writes a checkpoint in the background; training stops for the copy to host memory only."""
-        self._attempt(partial(self._save, is_best))
+        self._attempt(self._save, is_best)
 
     def stop(self, signal: int) -> NoReturn:
         """Writes a checkpoint and ends the run; every rank must call.
@@ -176,30 +176,19 @@ class Keeper(Watch):
         by_updates = train.SAVE_UPDATES > 0 and place % train.SAVE_UPDATES == 0
         return by_updates or (train.SAVE_MINUTES > 0 and seconds >= 60 * train.SAVE_MINUTES)
 
-    def _attempt(self, action: Callable[[], None]) -> None:
+    def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
         """Does something on rank 0; if it fails, the next vote tells all ranks."""
         if not self._training.world.is_main or self._failure:
             return
         try:
-            action()
+            action(*arguments)
         except UserError as error:
             self._failure = error
 
     def _save(self, is_best: bool) -> None:
-        progress = self._training.progress
         self._writer.wait()  # it reads the copy that is about to be overwritten
         state = state_of(self._training, self.best, self._config, self._train_data.classes)
         self._copy = checkpoint.on_host(state, self._copy)
-        self._writer.submit(
-            partial(
-                checkpoint.save_numbered,
-                self._copy,
-                self.folder,
-                progress.epoch,
-                progress.place,
-                is_best=is_best,
-                every=self._config.SAVE_FREQ,
-                keep=self._config.KEEP,
-            )
-        )
+        settings = {"is_best": is_best, "every": self._config.SAVE_FREQ, "keep": self._config.KEEP}
+        self._writer.submit(partial(checkpoint.save_numbered, self._copy, self.folder, **settings))
         self._saved_at = time.monotonic()
