@@ -206,7 +206,7 @@ def _check_shards(source: IterableImageDataset, config: CfgNode, world: World) -
         )
 
 
-@cache  # once for all loaders, and so before torch registers the end of its own, which has to come first
+@cache  # once: before torch registers an end of its own, which then comes first, as the last that is registered does
 def _end_loaders_at_exit() -> None:
     atexit.register(end_loaders)
 

@@ -135,4 +135,4 @@ def test_a_checkpoint_of_another_task_is_not_converted(call, save, tmp_path):
 @pytest.mark.parametrize("config", [None, "resnet", "a: [", "2024-13-41", {"MODEL": {"DECODER": {}}}], ids=str)
 def test_a_checkpoint_that_tells_of_no_task_is_taken(tmp_path, config):
     checkpoint.save({"model": {}, "config": config}, tmp_path / "others.pth")
-    assert checkpoint.load_of(tmp_path / "others.pth", "classification")["config"] == config
+    assert checkpoint.load_for_task(tmp_path / "others.pth", "classification")["config"] == config

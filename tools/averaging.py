@@ -89,7 +89,7 @@ def look_at(path: Path, weights: str) -> Ingredient:
     Raises:
         UserError: If it is none, or its weights are no numbers.
     """
-    state = checkpoint.load_of(path, "classification")
+    state = checkpoint.load_for_task(path, "classification")
     name = weights_name(state, path, weights)
     tensors = read_weights(state, name)
     if strange := [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]:

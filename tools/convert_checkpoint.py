@@ -33,7 +33,7 @@ def main() -> None:
     add_weights_choice(parser)
     arguments = parser.parse_args()
     check_new(arguments.target, "target")
-    state = checkpoint.load_of(arguments.source, "classification")
+    state = checkpoint.load_for_task(arguments.source, "classification")
     name = weights_name(state, arguments.source, arguments.weights)
     weights = convert(state[name], arguments.to, str(arguments.source))
     write(weights, arguments.target)

@@ -216,8 +216,8 @@ def load(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_of(path: str | Path, wanted: str, *others: str) -> dict[str, Any]:
-    """Reads a checkpoint of a task, as `load` does; of what tells of no task nothing is asked.
+def load_for_task(path: str | Path, wanted: str, *others: str) -> dict[str, Any]:
+    """As `load`, but refuses a checkpoint whose configuration is of another task; one without a configuration passes.
 
     Args:
         path: Its file.

@@ -21,12 +21,12 @@ _KEYS_OF_INPUT = frozenset(
     | {"DATA.LONG_SIDE", "DATA.REDUCE_ZERO_LABEL", "TEST.CROP"}
     | {"MODEL.DETECTOR.ANCHOR_SIZES", "MODEL.DETECTOR.ANCHOR_RATIOS"}
 )
-_KEYS_OF_TRAINING = frozenset(f"MODEL.GMA.{name}_RATE" for name in ("DROP", "ATTN_DROP", "DROP_PATH"))
+_DROPOUT_KEYS = frozenset(f"MODEL.GMA.{name}_RATE" for name in ("DROP", "ATTN_DROP", "DROP_PATH"))
 
 
 def changes_answers(key: str) -> bool:
-    """Whether what a network makes of an image depends on a key, beside its weights."""
-    of_network = key.startswith("MODEL.GMA.") and key != "MODEL.GMA.NUM_CLASSES" and key not in _KEYS_OF_TRAINING
+    """Whether a key changes what the same weights answer for an image."""
+    of_network = key.startswith("MODEL.GMA.") and key != "MODEL.GMA.NUM_CLASSES" and key not in _DROPOUT_KEYS
     return of_network or key in _KEYS_OF_INPUT
 
 

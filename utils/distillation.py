@@ -120,7 +120,7 @@ def check_teacher(config: CfgNode, classes: list[str] | None) -> None:
         UserError: If it does.
     """
     path = Path(config.DISTILL.TEACHER)
-    known = checkpoint.load_of(path, "classification").get("classes") if path.is_file() else None
+    known = checkpoint.load_for_task(path, "classification").get("classes") if path.is_file() else None
     if known and classes and known != classes:
         raise UserError(f"DISTILL.TEACHER {path} knows other classes than the data has: choose one trained on these")
 

@@ -220,7 +220,8 @@ class _Votes:
 
 def _vote(loss: Tensor, norm: Tensor, complaints: int, signal: int, failed: bool) -> _Votes:
     """Exchanges in one small message what every rank must know, and waits for this update's numbers once."""
-    own = [loss.new_full((), number) for number in (complaints, signal, failed)]  # a copy to a GPU would wait for it
+    # Made on the GPU: a copy would wait for it.
+    own = [loss.new_full((), number) for number in (complaints, signal, failed)]
     table = gather(torch.stack([loss, *own]))
     *rows, grad_norm = torch.cat([table.flatten(), norm.detach().double()[None]]).tolist()
     losses, complaints_of, signals, failures = (rows[column::4] for column in range(4))

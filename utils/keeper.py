@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class Keeper(Watch):
-    """Watches over a run in its folder. Only rank 0 writes, and the votes before each update tell all when it fails.
+    """Watches over a run in its folder. Only rank 0 writes; where it fails, the next update's vote tells all ranks.
 
     Args:
         config: The configuration.

@@ -81,7 +81,7 @@ def choose_kernels(deterministic: bool, one_size: bool = True) -> None:
 
 @contextmanager
 def unmeasured_kernels() -> Iterator[None]:
-    """Within it a GPU's kernels are chosen without measuring them, as test.py has it: sizes may differ by image."""
+    """Turns cudnn.benchmark off for a while: images to score differ in size, and each new size would be measured."""
     measures = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:

@@ -58,7 +58,7 @@ class Progress:
 
     Attributes:
         epoch: Epochs completed.
-        place: Places of the epoch under way that lie behind.
+        place: Updates of the epoch under way that are done, taken or left out.
         updates: Updates taken in the run.
         left_out: Updates left out in the run.
         left_out_in_row: Updates left out since the last one that was taken.
@@ -94,7 +94,7 @@ class Progress:
         self.epoch, self.place = self.epoch + 1, 0
 
     def position(self, updates_per_epoch: int) -> int:
-        """Places of the run that lie behind, those of all its epochs."""
+        """Updates of the run that are done, taken or left out: those of all epochs before, and `place`."""
         return self.epoch * updates_per_epoch + self.place
 
     def state_dict(self) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def start_from_pretrained(
     """
     if not (path := config.MODEL.PRETRAINED):
         return
-    state = checkpoint.load_of(path, task_of(config), "classification")  # which any backbone may start from
+    state = checkpoint.load_for_task(path, task_of(config), "classification")  # which any backbone may start from
     name = weights_name(state, path, "auto")
     _log.info("starting from %s of %s", "the moving average" if name == "ema" else "the weights", path)
     sentences = load(network, state[name], path)

@@ -33,7 +33,7 @@ class Weights:
     Attributes:
         kind: 'model' for trained ones, 'ema' for their moving average, 'random' for fresh ones.
         source: Their file; 'random' for fresh ones.
-        tensors: They by name; none for fresh ones.
+        tensors: By name; empty for fresh ones.
         classes: Class names by number, where their checkpoint tells.
     """
 
@@ -105,7 +105,7 @@ def read_weights(config: CfgNode, which: str = "auto") -> Weights:
             seed_everything(number_for(config.SEED, "weights"))
             return Weights(which, which, {}, None)
         source = weights_file(config)
-        state = checkpoint.load_of(source, task_of(config))
+        state = checkpoint.load_for_task(source, task_of(config))
         is_ours = "checksum" in state  # others' checkpoints may call anything a configuration
         changes = differences(config, state["config"]) if is_ours and state.get("config") else {}
         if told := [change for key, change in changes.items() if changes_answers(key)]:

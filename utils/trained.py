@@ -66,7 +66,7 @@ def load_trained(source: Path, cfg: Path | None = None, weights: str = "auto") -
         UserError: If the checkpoint cannot be read, holds no configuration or weights as are asked for, or does not
             fit the configuration.
     """
-    state = checkpoint.load_of(source, "classification")
+    state = checkpoint.load_for_task(source, "classification")
     config = saved_config(state, source) if cfg is None else load_config(cfg)
     try:
         check_to_score(config)

@@ -76,7 +76,8 @@ def train(config: CfgNode, world: World, precision: Precision, task: Task) -> No
         if found:
             restore(found.state, training, config)
         config = without_permissions(config)
-        make_folder(folder, training, config.KEEP)
+        if world.is_main:
+            make_folder(folder, training, config.KEEP)
 
     with hold(folder, world), StopSignals() as signals:
         with together():
@@ -155,7 +156,7 @@ def make_folder(folder: Path, training: Training, keep: int) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe{training.world.rank}"
+        probe = folder / ".probe"
         probe.touch()
         probe.unlink()
     except OSError as error:
