@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_segmentation import CLASSES, pair
-from helpers_unit import CPU
+from helpers_unit import CPU, said_by, start_ranks
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
@@ -14,6 +14,7 @@ from segmentation.data import PairSource
 from segmentation.labels import IGNORE, MOST_CLASSES, to_classes
 from segmentation.metrics import SegmentationSums
 from segmentation.pictures import PictureSums, draw_comparison, draw_overview, label_map_image, palette
+from utils.dist import join_world
 from utils.errors import UserError
 
 pytest_plugins = ["segments"]
@@ -118,13 +119,37 @@ def test_label_maps_and_the_first_comparisons_are_written_beside_an_unchanged_sc
         assert np.asarray(image).min() == np.asarray(image).max() == 3
 
 
-def test_a_folder_that_cannot_be_written_to_ends_in_one_line(pairs, tmp_path):
-    (tmp_path / "out").write_text("a file")
-    source = PairSource(pairs, "validation")
-    sums = PictureSums(SegmentationSums(3, CPU), source, iter([4]), Path(tmp_path / "out"), 24, CLASSES, True)
-    targets = torch.zeros(1, 48, 48, dtype=torch.uint8)
-    with pytest.raises(UserError, match="out/labels cannot be made"):
+def score_two(pairs, folder, indices):
+    """What scoring two images into a folder raises."""
+    plain, targets = SegmentationSums(3, CPU), torch.zeros(1, 48, 48, dtype=torch.uint8)
+    sums = PictureSums(plain, PairSource(Path(pairs), "validation"), iter(indices), Path(folder), 0, CLASSES, True)
+    for _ in indices:
         sums.add(OneClass.of(targets), targets)
+    assert plain._images == 2
+    with pytest.raises(UserError) as caught:
+        sums.total()
+    return str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written_to_ends_in_one_line_and_is_drawn_into_no_more(pairs, tmp_path):
+    (tmp_path / "labels/04.png/in the way").mkdir(parents=True)
+    assert "labels/04.png cannot be written" in score_two(pairs, tmp_path, [4, 0])
+    assert [path.name for path in (tmp_path / "labels").iterdir()] == ["04.png"]
+
+
+def score_as_rank(pairs, folder):
+    """On rank 1 alone a picture cannot be written."""
+    with join_world("cpu") as world:
+        return score_two(pairs, folder, [[0, 1], [4, 2]][world.rank])
+
+
+@pytest.mark.slow
+def test_what_one_rank_cannot_write_ends_all_ranks_with_its_reason(pairs, tmp_path):
+    (tmp_path / "labels/04.png/in the way").mkdir(parents=True)
+    ranks = start_ranks("test_segmentation_pictures", "score_as_rank", pairs, tmp_path)
+    first, second = [said_by(rank) for rank in ranks]
+    assert first == second
+    assert "labels/04.png cannot be written" in first
 
 
 def test_the_overview_has_the_first_comparisons_below_one_another(pairs, tmp_path):
