@@ -80,12 +80,12 @@ def draw_comparison(image: Image.Image, truth: np.ndarray, prediction: np.ndarra
     panel_width = max(scale * image.width, _LEAST_WIDTH)
     width = len(panels) * (panel_width + _BETWEEN)
     columns = max(int(width / (0.55 + 0.06 * max(map(len, labels), default=0))), 1)
-    legend = _LINE * -(-len(patches) // columns) + 2 * _BETWEEN
-    height = _TITLE + scale * image.height + legend
+    below = _LINE * -(-len(patches) // columns) + 2 * _BETWEEN
+    height = _TITLE + scale * image.height + below
     edges = {
         "left": _BETWEEN / 2 / width,
         "right": 1 - _BETWEEN / 2 / width,
-        "bottom": legend / height,
+        "bottom": below / height,
         "top": 1 - _TITLE / height,
         "wspace": _BETWEEN / panel_width,
     }
@@ -95,7 +95,11 @@ def draw_comparison(image: Image.Image, truth: np.ndarray, prediction: np.ndarra
         axis.imshow(pixels, interpolation="nearest")
         axis.set_title(title, fontsize=8, pad=3)
         axis.set_axis_off()
-    figure.legend(patches, labels, loc="lower center", ncol=columns, fontsize=7, frameon=False, borderaxespad=0.2)
+    legend = figure.legend(
+        patches, labels, loc="lower center", ncol=columns, fontsize=7, frameon=False, borderaxespad=0.2
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # of what stands between two dollar signs
     return figure
 
 

@@ -93,6 +93,12 @@ def test_names_and_panels_stay_inside_the_picture(size):
     assert box.y1 <= min(axis.get_window_extent().y0 for axis in figure.axes) <= height
 
 
+def test_names_with_dollar_signs_are_drawn_as_they_are():
+    classes = np.zeros((20, 20), np.uint8)
+    figure = draw_comparison(Image.new("L", (20, 20)), classes, classes, [r"$100 \or $200"])
+    FigureCanvasAgg(figure).draw()  # would fail at a formula that is none
+
+
 class OneClass:
     """Answers with the same class everywhere."""
 
