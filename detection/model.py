@@ -1,7 +1,7 @@
 """Configuration -> a detector of torchvision's on our backbone, and the weights that it may start from."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,16 @@ from yacs.config import CfgNode
 
 from detection.batch import Batch, Objects
 from detection.config import GROUPS
-from models.build import backbone_layers, backbone_weights, build_model, load_weights
-from models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
+from models.build import backbone_layers, build_model, load_around_backbone
+from models.groupmixformer import GroupMixFormer
 from utils.errors import UserError
 
-_BODY = "detector.backbone.body."
+_BODY = "detector.backbone.body."  # of the names of the backbone's tensors
+_OF_CLASSES = (  # of the names of the tensors whose shapes depend on the number of classes
+    "detector.head.classification_head.cls_logits.",
+    "detector.roi_heads.box_predictor.",
+    "detector.roi_heads.mask_predictor.mask_fcn_logits.",
+)
 _OCTAVE = (1, 2 ** (1 / 3), 2 ** (2 / 3))  # RetinaNet has anchors of three sizes on a level
 
 
@@ -221,38 +226,5 @@ class SumOfLosses(nn.Module):
 
 
 def load_to_start(network: Detector, state_dict: Mapping[str, Tensor], source: str) -> list[str]:
-    """Loads weights to start from: a classifier's into the backbone, or those of a detector of perhaps other classes.
-
-    Args:
-        network: A freshly made network.
-        state_dict: Weights of a classifier, of either naming, or of a detector.
-        source: Where they come from, for errors.
-
-    Returns:
-        A sentence for each thing that was not loaded as it is.
-
-    Raises:
-        UserError: Naming the tensors that do not fit.
-    """
-    if any(name.startswith(_BODY) for name in state_dict):
-        return _load_detector(network, state_dict, source)
-    used = backbone_weights(state_dict)
-    load_weights(network.body, used, source)
-    given = checkpoint_filter_fn(state_dict)
-    unused = ", ".join(sorted({name.split(".")[0] for name in given.keys() - used.keys()}))
-    left = f"; its {unused} is left out" if unused else ""
-    return [f"the backbone starts from {source}{left}; pyramid and heads start afresh"]
-
-
-def _load_detector(network: Detector, state_dict: Mapping[str, Tensor], source: str) -> list[str]:
-    fresh = network.state_dict()
-    of_classes = _names_of_classes(fresh)
-    others = [name for name in of_classes if name in state_dict and state_dict[name].shape != fresh[name].shape]
-    load_weights(network, {**state_dict, **{name: fresh[name] for name in others}}, source)
-    return [f"{source} is of other classes: {', '.join(others)} start afresh"] if others else []
-
-
-def _names_of_classes(names: Iterable[str]) -> list[str]:
-    """The tensors whose shapes depend on the number of classes."""
-    layers = ("classification_head.cls_logits.", "box_predictor.", "mask_predictor.mask_fcn_logits.")
-    return [name for name in names if any(layer in name for layer in layers)]
+    """As `load_around_backbone`: a classifier's weights, or those of a detector of perhaps other classes."""
+    return load_around_backbone(network, network.body, _BODY, _OF_CLASSES, state_dict, source)

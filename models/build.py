@@ -121,6 +121,44 @@ def backbone_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if not name.startswith(_NOT_IN_BACKBONE)}
 
 
+def load_around_backbone(
+    network: nn.Module,
+    backbone: GroupMixFormer,
+    place: str,
+    of_classes: tuple[str, ...],
+    state_dict: Mapping[str, Tensor],
+    source: str,
+) -> list[str]:
+    """Loads weights to start a network around a backbone from: a classifier's into the backbone, or its own kind's.
+
+    Args:
+        network: A freshly made network.
+        backbone: The backbone in it.
+        place: What the backbone's tensors' names begin with in the network, with a dot at the end.
+        of_classes: What the names of tensors begin with that depend on the number of classes, which may differ.
+        state_dict: Weights of such a network, or of a classifier in either naming.
+        source: Where they come from, for errors.
+
+    Returns:
+        A sentence for each thing that was not loaded as it is.
+
+    Raises:
+        UserError: Naming the tensors that do not fit.
+    """
+    if not any(name.startswith(place) for name in state_dict):
+        sentences = load_pretrained(backbone, backbone_weights(state_dict), source)
+        taken = f"of {source} the backbone is taken, without final norm and head: all else starts afresh"
+        return [taken, *sentences]
+    others = {
+        name: fresh
+        for name, fresh in network.state_dict().items()
+        if name.startswith(of_classes) and getattr(state_dict.get(name), "shape", fresh.shape) != fresh.shape
+    }
+    load_weights(network, {**state_dict, **others}, source)
+    layers = sorted({name.rpartition(".")[0] for name in others})
+    return [f"{source} is of other classes: all of it is taken but {listing(layers)}"] if layers else []
+
+
 def backbone_layers(backbone: GroupMixFormer, place: str, coarse: bool) -> dict[str, Any]:
     """A backbone's layers for timm's layer-wise learning rate decay, inside a larger network.
 

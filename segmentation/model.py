@@ -13,10 +13,8 @@ from yacs.config import CfgNode
 
 from models.build import (
     backbone_layers,
-    backbone_weights,
     compile_blocks,
-    load_pretrained,
-    load_weights,
+    load_around_backbone,
     network_settings,
 )
 from models.groupmixformer import GroupMixFormer
@@ -25,6 +23,7 @@ from utils.errors import UserError
 _STRIDE = 32  # of the last stage: sides of what the decoders take are multiples of it
 _AUX_STAGE = 2  # of four, from 0
 _BACKBONE = "encoder.model.model."  # of its tensors' names
+_OF_CLASSES = ("head.0.", "auxiliary.2.")  # of the tensors whose shapes depend on the number of classes
 
 
 class Segmenter(nn.Module):
@@ -115,38 +114,8 @@ def build_segmenter(config: CfgNode, num_classes: int) -> Segmenter:
 
 
 def load_to_start(segmenter: Segmenter, state_dict: Mapping[str, Tensor], source: str) -> list[str]:
-    """Loads weights to start from: a classifier's into the backbone, or a segmenter's, of which classes may differ.
-
-    Args:
-        segmenter: A freshly made network.
-        state_dict: Weights of a segmenter, or of a classifier in either naming.
-        source: Where they come from, for errors.
-
-    Returns:
-        A sentence for each thing that was not loaded as it is.
-
-    Raises:
-        UserError: Naming the tensors that do not fit.
-    """
-    if not is_segmenter(state_dict):
-        sentences = load_pretrained(segmenter.backbone, backbone_weights(state_dict), source)
-        return [
-            f"{source} is a classifier: its final norm and its head are left out, the decoder starts afresh",
-            *sentences,
-        ]
-    weights, fresh, sentences = dict(state_dict), segmenter.state_dict(), []
-    for layer in ("head.0", "auxiliary.2"):
-        given, wanted = weights.get(f"{layer}.bias"), fresh.get(f"{layer}.bias")
-        if given is not None and wanted is not None and given.shape != wanted.shape:
-            weights.update({name: value for name, value in fresh.items() if name.startswith(f"{layer}.")})
-            sentences.append(f"{source} has {len(given)} classes, the network {len(wanted)}: {layer} starts afresh")
-    load_weights(segmenter, weights, source)
-    return sentences
-
-
-def is_segmenter(state_dict: Mapping[str, Any]) -> bool:
-    """Whether weights are those of a `Segmenter`."""
-    return any(name.startswith(_BACKBONE) for name in state_dict)
+    """As `load_around_backbone`: a classifier's weights, or those of a segmenter of perhaps other classes."""
+    return load_around_backbone(segmenter, segmenter.backbone, _BACKBONE, _OF_CLASSES, state_dict, source)
 
 
 def compile_segmenter(segmenter: Segmenter) -> None:

@@ -125,7 +125,7 @@ def test_a_run_starts_from_a_classifiers_checkpoint(call, detector_words, tmp_pa
     words = detector_words(tmp_path, f"{opts} MODEL.DETECTOR.NAME retinanet")
     result = call("detection/train.py", *words, "--pretrained", tmp_path / "classifier.pth")
     assert result.code == 0, result.stderr
-    assert "its head, norm is left out; pyramid and heads start afresh" in result.stdout
+    assert "classifier.pth the backbone is taken, without final norm and head: all else starts afresh" in result.stdout
     assert "MODEL.FREEZE_STATISTICS" not in result.stdout
     weights = checkpoint.load(tmp_path / "tiny" / "run" / "last.pth")["model"]
     kept = {name: value for name, value in network.state_dict().items() if not name.startswith(("head.", "norm."))}

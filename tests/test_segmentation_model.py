@@ -16,7 +16,7 @@ import models  # noqa: F401  (registers the variants)
 from models import GroupMixFormer
 from models.published import to_published
 from segmentation.config import default_config
-from segmentation.model import Segmenter, build_segmenter, compile_segmenter, is_segmenter, load_to_start
+from segmentation.model import Segmenter, build_segmenter, compile_segmenter, load_to_start
 from utils import checkpoint
 from utils.config import load_config
 from utils.errors import UserError
@@ -150,7 +150,7 @@ def test_a_classifiers_weights_fill_the_backbone_but_for_norm_and_head(tmp_path,
     before = copy.deepcopy(network.state_dict())
     save(tmp_path / name, source)
     (sentence,) = load_to_start(network, checkpoint.load(tmp_path / name)["model"], name)
-    assert sentence == f"{name} is a classifier: its final norm and its head are left out, the decoder starts afresh"
+    assert sentence == f"of {name} the backbone is taken, without final norm and head: all else starts afresh"
     for key, value in network.backbone.state_dict().items():
         assert torch.equal(value, source.state_dict()[key])
     outside = [key for key in before if not key.startswith("encoder.")]
@@ -184,10 +184,7 @@ def test_a_segmenter_of_other_classes_keeps_all_but_the_classifiers():
     for value in source.state_dict().values():
         value.add_(1)
     sentences = load_to_start(network, source.state_dict(), "w.pth")
-    assert sentences == [
-        "w.pth has 4 classes, the network 3: head.0 starts afresh",
-        "w.pth has 4 classes, the network 3: auxiliary.2 starts afresh",
-    ]
+    assert sentences == ["w.pth is of other classes: all of it is taken but auxiliary.2, head.0"]
     assert torch.equal(network.state_dict()["head.0.weight"], fresh)
     kept = "decoder.psp.out_conv.0.weight"
     assert torch.equal(network.state_dict()[kept], source.state_dict()[kept])
@@ -197,12 +194,6 @@ def test_a_segmenter_with_another_decoder_is_refused():
     other = segmenter(**FPN).state_dict()
     with pytest.raises(UserError, match=r"w\.pth does not fit the network: it lacks decoder\."):
         load_to_start(segmenter(), other, "w.pth")
-
-
-def test_segmenters_are_told_from_classifiers():
-    assert is_segmenter(segmenter().state_dict())
-    assert not is_segmenter(classifier().state_dict())
-    assert not is_segmenter(to_published(classifier().state_dict()))
 
 
 def test_settings_that_make_no_network_are_refused():

@@ -97,7 +97,7 @@ def test_training_starts_from_a_classifier_and_says_what_it_leaves_out(call, seg
     words = segmentation_words(tmp_path, "TRAIN.EPOCHS 1 TRAIN.BASE_LR 0.0 TRAIN.EMA_DECAY 0.0")
     result = call("segmentation/train.py", *words, "--pretrained", tmp_path / "classifier.pth")
     assert result.code == 0, result.stderr
-    assert "classifier.pth is a classifier: its final norm and its head are left out" in result.stdout
+    assert "classifier.pth the backbone is taken, without final norm and head: all else starts afresh" in result.stdout
     state = torch.load(tmp_path / "tiny/run/last.pth", weights_only=True)["model"]
     for name, parameter in network.named_parameters():
         if not name.startswith(("norm.", "head.")):
