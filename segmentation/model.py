@@ -4,19 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import segmentation_models_pytorch as smp
-import torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.base.initialization import initialize_decoder
 from segmentation_models_pytorch.base.modules import Conv2dReLU
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from models.build import (
-    backbone_layers,
-    compile_blocks,
-    load_around_backbone,
-    network_settings,
-)
+from models.build import backbone_layers, load_around_backbone, network_settings
 from models.groupmixformer import GroupMixFormer
 from utils.errors import UserError
 
@@ -68,20 +62,9 @@ class Segmenter(nn.Module):
         auxiliary = self.auxiliary(features[_AUX_STAGE - 4])
         return logits, _enlarge(auxiliary, padded)[..., :height, :width]
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names that weight decay must spare: none but the biases and 1-D tensors that timm spares already."""
-        return set()
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers of parameters for timm's layer-wise learning rate decay: the backbone's, then decoder and heads."""
         return backbone_layers(self.backbone, _BACKBONE, coarse)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True, recompute: str = "all") -> None:
-        """Recomputes the backbone's activations in the backward pass, as `GroupMixFormer.set_grad_checkpointing`."""
-        self.backbone.set_grad_checkpointing(enable, recompute)
 
 
 def _enlarge(logits: Tensor, images: Tensor) -> Tensor:
@@ -109,15 +92,10 @@ def build_segmenter(config: CfgNode, num_classes: int) -> Segmenter:
         raise UserError(f"MODEL.GMA: {error}") from None
     aux_channels = decoder.AUX_CHANNELS if decoder.AUX_WEIGHT > 0 else 0
     segmenter = Segmenter(parts, num_classes, decoder.DROPOUT, aux_channels)
-    segmenter.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT, config.TRAIN.RECOMPUTE)
+    segmenter.backbone.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT, config.TRAIN.RECOMPUTE)
     return segmenter
 
 
 def load_to_start(segmenter: Segmenter, state_dict: Mapping[str, Tensor], source: str) -> list[str]:
     """As `load_around_backbone`: a classifier's weights, or those of a segmenter of perhaps other classes."""
     return load_around_backbone(segmenter, segmenter.backbone, _BACKBONE, _OF_CLASSES, state_dict, source)
-
-
-def compile_segmenter(segmenter: Segmenter) -> None:
-    """Has torch.compile take the backbone block by block, in place."""
-    compile_blocks(segmenter.backbone)

@@ -6,11 +6,12 @@ from yacs.config import CfgNode
 
 from data.build import EvalData, TrainData
 from data.finish import Normalize
+from models.build import compile_blocks
 from segmentation.data import build_eval_data, build_train_data
 from segmentation.inference import build_predictor
 from segmentation.loss import SegmentationLoss
 from segmentation.metrics import SegmentationScore, SegmentationSums
-from segmentation.model import Segmenter, build_segmenter, compile_segmenter, load_to_start
+from segmentation.model import Segmenter, build_segmenter, load_to_start
 from utils.dist import World
 from utils.errors import UserError
 from utils.task import Task
@@ -27,7 +28,7 @@ def segmentation() -> Task:
         build_finish=Normalize,
         build_predictor=build_predictor,
         build_sums=build_sums,
-        compile=compile_segmenter,
+        compile=lambda segmenter: compile_blocks(segmenter.backbone),
     )
 
 

@@ -16,7 +16,8 @@ import models  # noqa: F401  (registers the variants)
 from models import GroupMixFormer
 from models.published import to_published
 from segmentation.config import default_config
-from segmentation.model import Segmenter, build_segmenter, compile_segmenter, load_to_start
+from segmentation.model import Segmenter, build_segmenter, load_to_start
+from segmentation.task import segmentation
 from utils import checkpoint
 from utils.config import load_config
 from utils.errors import UserError
@@ -203,7 +204,7 @@ def test_settings_that_make_no_network_are_refused():
 
 def test_compilation_takes_the_backbones_blocks():
     network = segmenter()
-    compile_segmenter(network)
+    segmentation().compile(network)
     assert isinstance(network, Segmenter)
     parts = [block.attn for stage in network.backbone.stages for block in stage.blocks]
     assert all(getattr(part, "_compiled_call_impl", None) for part in parts[1:])
