@@ -27,10 +27,16 @@ _COLOURS = colormaps["tab10"].colors + colormaps["Dark2"].colors
 
 
 def save_pictures(
-    folder: Path, images: Path, coco: COCO, results: Sequence[dict[str, Any]], most: int, least_score: float
+    folder: Path,
+    images: Path,
+    coco: COCO,
+    results: Sequence[dict[str, Any]],
+    most: int,
+    least_score: float,
+    with_masks: bool,
 ) -> None:
-    """Writes comparisons/<name>.png of each of the first images, what is in it on the left and what was found on the
-    right, and overview.png of the first few.
+    """Writes comparisons/<number>-<name>.png of each of the first images, what is in it on the left and what was found
+    on the right, and overview.png of the first few.
 
     Args:
         folder: Where to.
@@ -39,6 +45,7 @@ def save_pictures(
         results: What was found, in the form of COCO's results.
         most: Number of images.
         least_score: Score from which something found is drawn.
+        with_masks: Whether masks are drawn, which everything must have then.
 
     Raises:
         UserError: If they cannot be written.
@@ -53,25 +60,26 @@ def save_pictures(
         if result["score"] >= least_score:
             found[result["image_id"]].append(result)
     names, pairs = categories(coco), []
-    for entry in tqdm(coco.dataset["images"][:most], "pictures", disable=None):
+    for number, entry in enumerate(tqdm(coco.dataset["images"][:most], "pictures", disable=None)):
         pixels = F.pil_to_tensor(as_mode(Image.open(images / entry["file_name"]), "RGB"))
-        sides = [draw(pixels, marks, names) for marks in (coco.imgToAnns[entry["id"]], found[entry["id"]])]
+        sides = [draw(pixels, marks, names, with_masks) for marks in (coco.imgToAnns[entry["id"]], found[entry["id"]])]
         white = torch.full((3, sides[0].shape[1], _BETWEEN), 255, dtype=torch.uint8)
         pairs.append(torch.cat([sides[0], white, sides[1]], dim=2))
-        name = str(Path(entry["file_name"]).with_suffix(".png")).strip("/").replace("/", "-")
-        write_png(F.to_pil_image(pairs[-1]), comparisons / name)
+        stem = Path(entry["file_name"]).stem  # of which several images may have one, below folders of any place
+        write_png(F.to_pil_image(pairs[-1]), comparisons / f"{number:03d}-{stem}.png")
     cells = [_fit(pair) for pair in pairs[: _COLUMNS * _ROWS]]
     sheet = make_grid(cells, min(_COLUMNS, len(cells)), padding=_BETWEEN, pad_value=255)
     write_png(F.to_pil_image(sheet), folder / "overview.png")
 
 
-def draw(pixels: Tensor, marks: Sequence[dict[str, Any]], names: dict[Any, str]) -> Tensor:
-    """Draws boxes, masks where there are some, names, and scores where there are some.
+def draw(pixels: Tensor, marks: Sequence[dict[str, Any]], names: dict[Any, str], with_masks: bool) -> Tensor:
+    """Draws boxes, masks where they are asked for, names, and scores where there are some.
 
     Args:
         pixels: The image, 8 bits, [3, H, W].
         marks: Annotations or results of COCO's form.
         names: Of the categories, by id.
+        with_masks: As `save_pictures` was given.
 
     Returns:
         The picture, enlarged where it is small.
@@ -86,7 +94,7 @@ def draw(pixels: Tensor, marks: Sequence[dict[str, Any]], names: dict[Any, str])
         tuple(round(255 * part) for part in _COLOURS[order.index(mark["category_id"]) % len(_COLOURS)])
         for mark in marks
     ]
-    if all(mark.get("segmentation") for mark in marks):
+    if with_masks:
         masks = torch.stack([torch.from_numpy(decode_mask(mark["segmentation"], width, height)) for mark in marks])
         masks = F.resize(masks, list(pixels.shape[1:]), F.InterpolationMode.NEAREST).bool()
         pixels = draw_segmentation_masks(pixels, masks, alpha=0.45, colors=colours)

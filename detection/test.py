@@ -57,6 +57,7 @@ def main() -> None:
 def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     """Scores, and prints and writes the result on rank 0."""
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
+    from detection.data import has_masks
     from detection.pictures import save_pictures
     from detection.scoring import score_weights
     from utils.dist import join_world
@@ -81,10 +82,10 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
         )  # fmt: skip
         settings = circumstances(weights, world, precision, scored.images_per_s)
         write_reports(arguments, scored, settings)
-        if arguments.save_pictures:
+        if folder := arguments.save_pictures:
             images = Path(config.DATA.DATA_PATH) / config.DATA.VAL_IMAGES
             save_pictures(
-                arguments.save_pictures, images, scored.coco, scored.results, arguments.pictures, arguments.min_score
+                folder, images, scored.coco, scored.results, arguments.pictures, arguments.min_score, has_masks(config)
             )
 
 

@@ -101,8 +101,8 @@ def test_scoring_writes_what_it_says_in_every_form(call, scoring_words, coco_tre
 
     assert sorted(path.name for path in pictures.iterdir()) == ["comparisons", "overview.png"]
     names = sorted(path.name for path in (pictures / "comparisons").iterdir())
-    assert names == [f"{number:03d}.png" for number in range(5)]
-    with Image.open(pictures / "comparisons" / "000.png") as picture:
+    assert names == [f"{number:03d}-{number:03d}.png" for number in range(5)]
+    with Image.open(pictures / "comparisons" / "000-000.png") as picture:
         left = picture.crop((0, 0, picture.width // 2, picture.height))
         right = picture.crop((picture.width - left.width, 0, picture.width, picture.height))
         assert left.tobytes() != right.tobytes()
