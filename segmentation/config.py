@@ -98,8 +98,3 @@ def check(config: CfgNode) -> None:
             f"MODEL.DECODER.CHANNELS {decoder.CHANNELS} does not fit fpn's group norms: use a multiple of "
             f"{_FPN_CHANNELS}"
         )
-    if decoder.NAME == "upernet" and config.DATA.BATCH_SIZE < 2:
-        raise UserError(
-            "DATA.BATCH_SIZE 1 does not fit upernet, whose pooling to one pixel leaves its batch norm nothing to "
-            "normalise: use 2 or more, or MODEL.DECODER.NAME fpn"
-        )

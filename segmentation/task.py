@@ -38,6 +38,12 @@ def _open_data(config: CfgNode, world: World) -> tuple[TrainData, EvalData]:
             "DETERMINISTIC does not fit upernet, as torch's adaptive pooling has no deterministic backward pass on "
             "GPUs: use MODEL.DECODER.NAME fpn, or leave DETERMINISTIC off"
         )
+    is_synchronised = config.TRAIN.SYNC_BN and world.device.type == "cuda" and world.size > 1
+    if config.MODEL.DECODER.NAME == "upernet" and config.DATA.BATCH_SIZE < 2 and not is_synchronised:
+        raise UserError(
+            "DATA.BATCH_SIZE 1 does not fit upernet, whose pooling to one pixel leaves its batch norm nothing to "
+            "normalise: use 2 or more, TRAIN.SYNC_BN on several GPUs, or MODEL.DECODER.NAME fpn"
+        )
     return build_train_data(config, world), build_eval_data(config, world)
 
 

@@ -72,7 +72,6 @@ def test_every_key_of_its_own_is_read_somewhere():
         ({"TEST__STRIDE": 40}, r"TEST\.STRIDE 40 is more than TEST\.WINDOW 32"),
         ({"MODEL__DECODER__NAME": "unet"}, r"MODEL\.DECODER\.NAME is 'unet': choose one of upernet, fpn"),
         ({"MODEL__DECODER__NAME": "fpn"}, r"MODEL\.DECODER\.CHANNELS 32 does not fit fpn's group norms"),
-        ({"DATA__BATCH_SIZE": 1}, r"DATA\.BATCH_SIZE 1 does not fit upernet"),
         ({"AUG__CAT_MAX_RATIO": 1.5}, r"AUG\.CAT_MAX_RATIO is 1\.5"),
         ({"TRAIN__EPOCH_UPDATES": -1}, r"TRAIN\.EPOCH_UPDATES is -1"),
         ({"DATA__SHORT_SIDE": -1}, r"DATA\.SHORT_SIDE is -1"),
@@ -97,6 +96,24 @@ def test_deterministic_training_is_judged_by_the_device_that_is_used(decoder, de
     check(config)
     with pytest.raises(UserError, match=said):
         segmentation().open_data(config, World(0, 1, torch.device(device)))
+
+
+@pytest.mark.parametrize(
+    ("values", "device", "ranks", "said"),
+    [
+        ({}, "cuda", 1, r"DATA\.BATCH_SIZE 1 does not fit upernet"),
+        ({}, "cpu", 2, r"DATA\.BATCH_SIZE 1 does not fit upernet"),
+        ({"TRAIN__SYNC_BN": False}, "cuda", 2, r"DATA\.BATCH_SIZE 1 does not fit upernet"),
+        ({}, "cuda", 2, "DATA_PATH is empty"),  # norms see the images of both GPUs
+        (FPN, "cpu", 1, "DATA_PATH is empty"),
+    ],
+    ids=["a GPU", "CPUs", "GPUs that normalise alone", "GPUs that normalise together", "fpn"],
+)
+def test_training_on_single_images_is_refused_where_a_norm_would_see_one_pixel(values, device, ranks, said):
+    config = tiny(DATA__BATCH_SIZE=1, **values)
+    check(config)  # scoring, which the same keys are for, needs no batch
+    with pytest.raises(UserError, match=said):
+        segmentation().open_data(config, World(0, ranks, torch.device(device)))
 
 
 def test_three_stages_are_refused():
