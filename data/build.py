@@ -147,8 +147,8 @@ def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_
         finish = Normalize(config, world.device)
         source.set_loader_cfg(num_workers=_workers(config, world))
         stream = ImageStream(source, transform, world, seed=None)
-        if stream.classes is not None and known is not None:
-            check_same_classes(known, stream.classes)
+        sides = ("the checkpoint", "the data")
+        check_same_classes(known, stream.classes, sides, "score it on data of the same classes")
         loader = DataLoader(stream, data.BATCH_SIZE, **loader_settings(config, world))
         return EvalData(loader, finish, stream.classes, source.reader.num_samples or 0, rounds=0)
     to_class = map_classes(source.classes, known, num_classes or len(source.classes or []))

@@ -370,24 +370,32 @@ def count_classes(config: CfgNode, classes: list[str] | None) -> int:
     return configured or len(classes or [])
 
 
-def check_same_classes(train: list[str] | None, val: list[str] | None) -> None:
-    """Refuses training and validation data of different classes.
+def check_same_classes(
+    first: list[str] | None,
+    second: list[str] | None,
+    sides: tuple[str, str] = ("training", "validation"),
+    advice: str = "make the folders agree",
+) -> None:
+    """Refuses classes of two sides that differ, where both are known.
+
+    Args:
+        first: Names by number, of training data or of what `sides` says.
+        second: Names by number, of validation data or of what `sides` says.
+        sides: What the two are.
+        advice: What to do about it.
 
     Raises:
         UserError: Naming classes that only one of them has.
     """
-    if train == val or train is None or val is None:
+    if first == second or first is None or second is None:
         return
-    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    sides = [
-        f"only in {split}: {listing(names)}"
-        for split, names in (("training", only_train), ("validation", only_val))
-        if names
-    ]
-    difference = "; ".join(sides) or "the same ones in another order"
-    if only_train and {normalize("NFC", name) for name in only_train} == {normalize("NFC", name) for name in only_val}:
+    only = [sorted(set(first) - set(second)), sorted(set(second) - set(first))]
+    told = [f"only in {side}: {listing(names)}" for side, names in zip(sides, only, strict=True) if names]
+    difference = "; ".join(told) or "the same ones in another order"
+    composed = [{normalize("NFC", name) for name in names} for names in only]
+    if told and composed[0] == composed[1]:
         difference += "; the same letters, but other bytes of Unicode"
-    raise UserError(f"training and validation classes differ ({difference}): make the folders agree")
+    raise UserError(f"the classes of {' and '.join(sides)} differ ({difference}): {advice}")
 
 
 def repeated(names: Sequence[str]) -> list[str]:

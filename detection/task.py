@@ -34,7 +34,7 @@ def detection(config: CfgNode) -> Task:
 
 def _open_data(config: CfgNode, world: World) -> tuple[TrainData, CocoEvalData]:
     train_data, eval_data = build_train_data(config, world), build_eval_data(config, world)
-    check_same_classes(train_data.classes, eval_data.classes)
+    check_same_classes(train_data.classes, eval_data.classes, advice="give both files the same categories")
     return train_data, eval_data
 
 

@@ -535,9 +535,17 @@ def test_unnamed_classes_are_taken_where_their_number_fits():
     ],
 )
 def test_training_and_validation_must_have_the_same_classes(train, val, told):
-    with pytest.raises(UserError, match="training and validation classes differ") as caught:
+    with pytest.raises(UserError, match="the classes of training and validation differ") as caught:
         check_same_classes(train, val)
     assert told in str(caught.value)
+
+
+def test_classes_that_differ_are_told_by_whose_they_are():
+    with pytest.raises(UserError) as caught:
+        check_same_classes(["a", "b"], ["a"], ("the checkpoint", "the data"), "name others")
+    assert str(caught.value) == (
+        "the classes of the checkpoint and the data differ (only in the checkpoint: b): name others"
+    )
 
 
 @pytest.mark.parametrize(("train", "val"), [(["a", "b"], ["a", "b"]), (None, ["a"]), (["a"], None), (None, None)])

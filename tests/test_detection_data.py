@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 
 from detection.coco import categories, decode_mask, encode_mask, read_coco, silence
 from detection.data import CocoSource, Packed, build_eval_data, build_train_data
+from detection.task import detection
 from utils.errors import UserError
 
 pytest_plugins = ["detection_scenes"]
@@ -288,6 +289,13 @@ def test_validation_data_with_nothing_to_find_is_refused(tree):
     edited(tree, "val2017", lambda content: content.update(annotations=[]))
     with pytest.raises(UserError, match="has no object to find"):
         build_eval_data(configured(data=tree), ALONE)
+
+
+def test_categories_to_learn_and_to_score_must_be_the_same(tree):
+    edited(tree, "val2017", lambda content: content["categories"].append({"id": 91, "name": "ring"}))
+    config = configured(data=tree)
+    with pytest.raises(UserError, match=r"\(only in validation: ring\): give both files the same categories"):
+        detection(config).open_data(config, ALONE)
 
 
 def test_classes_are_named_in_the_order_of_their_ids(tree):
