@@ -1,20 +1,37 @@
 """Scores the weights that a configuration names; shared by segmentation's test.py and `train.py --eval`."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from yacs.config import CfgNode
 
 from data.build import EvalData
+from data.datasets import check_same_classes
 from segmentation.data import build_eval_data
 from segmentation.inference import build_predictor
 from segmentation.metrics import SegmentationScore
 from segmentation.model import build_segmenter
+from segmentation.pictures import PictureSums
 from segmentation.task import build_sums
 from utils.dist import World, together
-from utils.errors import UserError, listing
 from utils.metrics import Sums
 from utils.precision import Precision, memory_format
 from utils.scoring import Weights, score_timed
+
+
+@dataclass(frozen=True)
+class ScoredSegmentation:
+    """What a segmenter reached.
+
+    Attributes:
+        score: Over all ranks.
+        data: What was scored on.
+        images_per_s: Images per second, over all ranks, including loading.
+    """
+
+    score: SegmentationScore
+    data: EvalData
+    images_per_s: float
 
 
 def score_weights(
@@ -22,8 +39,9 @@ def score_weights(
     world: World,
     precision: Precision,
     weights: Weights,
-    watch: Callable[[Sums, EvalData], Sums] = lambda sums, _data: sums,
-) -> tuple[SegmentationScore, EvalData, float]:
+    pictures: Path | None = None,
+    compared: int = 24,
+) -> ScoredSegmentation:
     """Scores weights on the validation data, every image once and at its own size.
 
     Args:
@@ -31,35 +49,22 @@ def score_weights(
         world: This process among all.
         precision: How to compute.
         weights: The weights.
-        watch: Puts something that sees all answers in the place of what adds up the score, which it must pass them to.
-
-    Returns:
-        The score, what was scored on, and images per second including loading.
+        pictures: A folder to draw all answers in, as `PictureSums` does; None to draw nothing.
+        compared: As `PictureSums` takes it.
 
     Raises:
-        UserError: If weights, data and configuration do not fit together.
+        UserError: If weights, data and configuration do not fit together, or a picture cannot be written.
     """
     with together():
         data = build_eval_data(config, world)
         classes = data.classes or []
-        _check_classes(weights.classes, classes)
+        check_same_classes(weights.classes, classes, ("the checkpoint", "the data"), "use the same classes.txt")
         network = build_segmenter(config, len(classes))
         weights.load_into(network)
-        sums = watch(build_sums(data, world.device), data)
+    sums: Sums = build_sums(data, world.device)
+    if pictures:
+        order, reduce = iter(data.loader.sampler), config.DATA.REDUCE_ZERO_LABEL
+        sums = PictureSums(sums, data.source, order, pictures, compared, classes, reduce)
     predictor = build_predictor(config, network.to(world.device, memory_format=memory_format(config)))
     score, images_per_s = score_timed(predictor, data, world, precision, sums)
-    return score, data, images_per_s
-
-
-def _check_classes(known: list[str] | None, classes: list[str]) -> None:
-    """Refuses data of other classes than a checkpoint's.
-
-    Raises:
-        UserError: If they differ in number or in a name.
-    """
-    if known is None or known == classes:
-        return
-    if len(known) != len(classes):
-        raise UserError(f"the checkpoint has {len(known)} classes, the data {len(classes)}: score it on its own data")
-    other = [f"{mine} and {theirs}" for mine, theirs in zip(known, classes, strict=True) if mine != theirs]
-    raise UserError(f"classes of the checkpoint and of the data differ ({listing(other)}): use the same classes.txt")
+    return ScoredSegmentation(score, data, images_per_s)

@@ -51,32 +51,27 @@ def main() -> None:
 def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     """Scores, and prints and writes the result on rank 0."""
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
-    from data.build import EvalData
-    from segmentation.pictures import PictureSums, draw_overview
+    from segmentation.pictures import draw_overview
     from segmentation.scoring import score_weights
     from utils.checkpoint import write_text
     from utils.dist import join_world
     from utils.logger import setup_logging
-    from utils.metrics import Sums, describe
+    from utils.metrics import describe
     from utils.precision import choose_scoring_precision
     from utils.scoring import circumstances, read_weights
-
-    def with_pictures(sums: Sums, data: EvalData) -> Sums:
-        if arguments.save_pictures is None:
-            return sums
-        folder, order, reduce = arguments.save_pictures, iter(data.loader.sampler), config.DATA.REDUCE_ZERO_LABEL
-        return PictureSums(sums, data.source, order, folder, arguments.pictures, data.classes or [], reduce)
 
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         setup_logging(world.is_main)
         precision = choose_scoring_precision(config, world.device, _log.info)
         weights = read_weights(config, arguments.weights)
-        result, data, images_per_s = score_weights(config, world, precision, weights, with_pictures)
+        folder, compared = arguments.save_pictures, arguments.pictures
+        scored = score_weights(config, world, precision, weights, folder, compared)
+        result, images_per_s = scored.score, scored.images_per_s
         if not world.is_main:
             return
-        if arguments.save_pictures:
-            draw_overview(arguments.save_pictures, data.source, arguments.pictures)
-        by_class = list(zip(data.classes or [], result.iou_of_classes, result.acc_of_classes, strict=True))
+        if folder:
+            draw_overview(folder, scored.data.source, compared)
+        by_class = list(zip(scored.data.classes or [], result.iou_of_classes, result.acc_of_classes, strict=True))
         for name, iou, acc in by_class:
             print(f"{name:24} IoU {iou:7.3f} Acc {acc:7.3f}")
         print(f" * {describe(result)}")

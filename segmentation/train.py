@@ -43,8 +43,8 @@ def main() -> None:
         setup_logging(world.is_main)
         if config.EVAL_MODE:
             precision = choose_scoring_precision(config, world.device, _log.info)
-            score, *_ = score_weights(config, world, precision, read_weights(config))
-            _log.info(f" * {describe(score)}")
+            scored = score_weights(config, world, precision, read_weights(config))
+            _log.info(f" * {describe(scored.score)}")
             return
         precision = choose_precision(config, world.device, _log.info)
         if config.THROUGHPUT_MODE:

@@ -142,8 +142,12 @@ def test_a_checkpoint_of_other_classes_is_refused(call, segmentation_words, segm
     other.mkdir()
     for name in ("images", "annotations"):
         (other / name).symlink_to(pairs / name)
-    for names, said in (("a\nred\nblue", "classes of the checkpoint and of the data differ (ground and a)"),
-                        ("a\nb\nc\nd", "the checkpoint has 3 classes, the data 4")):  # fmt: skip
+    differ = "the classes of the checkpoint and the data differ"
+    for names, said in (
+        ("a\nred\nblue", f"{differ} (only in the checkpoint: ground; only in the data: a): use the same classes.txt"),
+        ("ground\nred\nblue\nd", f"{differ} (only in the data: d)"),
+        ("red\nground\nblue", f"{differ} (the same ones in another order)"),
+    ):
         (other / "classes.txt").write_text(names)
         words = [*segmentation_words(tmp_path), "--data-path", other, "--resume", segmented.folder / "best.pth"]
         result = call("segmentation/test.py", *words)
