@@ -1,24 +1,11 @@
-"""The configuration of detection: the keys that it shares with classification, and its own."""
+"""The configuration of detection: the shared keys, and its own."""
 
 import math
 
 from yacs.config import CfgNode
 
-from utils.config import check_shared, lookup
-from utils.config import default_config as classification_config
+from utils import config as shared
 from utils.errors import UserError
-
-# Keys of classification that mean nothing here; of its augmentation only two mean something.
-_DATA_KEYS = ("DATASET", "TRAIN_SPLIT", "VAL_SPLIT", "IMG_SIZE", "INTERPOLATION", "LOADING")
-_AUG_KEYS = ("HFLIP", "COLOR_JITTER")
-_OTHER_KEYS = (
-    ("", "TEST"),
-    ("", "DISTILL"),
-    ("", "THROUGHPUT_MODE"),
-    ("TRAIN", "COMPILE"),
-    ("MODEL", "LABEL_SMOOTHING"),
-    ("MODEL.GMA", "NUM_CLASSES"),
-)
 
 GROUPS = 32  # of group norms
 _CHOICES = {"MODEL.DETECTOR.NAME": ("mask_rcnn", "faster_rcnn", "retinanet")}
@@ -37,13 +24,13 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 
 def default_config() -> CfgNode:
     """All keys, at the values of the customary 1x schedule on COCO."""
-    config = classification_config()
-    for key in _DATA_KEYS:
-        del config.DATA[key]
-    for key in set(config.AUG) - set(_AUG_KEYS):
-        del config.AUG[key]
-    for part, key in _OTHER_KEYS:
-        del (lookup(config, part) if part else config)[key]
+    config = shared.default_config()
+    for name in ("DATASET", "TRAIN_SPLIT", "VAL_SPLIT", "IMG_SIZE", "INTERPOLATION", "LOADING"):
+        del config.DATA[name]
+    for name in set(config.AUG) - {"HFLIP", "COLOR_JITTER"}:
+        del config.AUG[name]
+    del config["TEST"], config["DISTILL"], config["THROUGHPUT_MODE"]
+    del config.TRAIN["COMPILE"], config.MODEL["LABEL_SMOOTHING"], config.MODEL.GMA["NUM_CLASSES"]
     config.DATA.update(
         {
             "TRAIN_IMAGES": "train2017",  # a folder and a file in DATA_PATH
@@ -97,7 +84,7 @@ def check(config: CfgNode) -> None:
     Raises:
         UserError: Naming the key and what to do.
     """
-    check_shared(config, _CHOICES, _RANGES)
+    shared.check_shared(config, _CHOICES, _RANGES)
     sides, settings = config.DATA.SHORT_SIDES, config.MODEL.DETECTOR
     if not sides or min(sides) < 32:
         raise UserError(f"DATA.SHORT_SIDES is {sides}: give numbers of pixels, from 32 on")
