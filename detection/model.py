@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -127,14 +128,10 @@ def _heads(detector: nn.Module) -> list[nn.Module]:
     return [head for head in (detector.rpn.head, roi_heads.box_predictor, roi_heads.mask_predictor) if head is not None]
 
 
-def in_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+def in_float32(_head: nn.Module, _inputs: Any, outputs: Any) -> Any:
     """A forward hook that gives out nested tensors as float32, as torchvision computes boxes in the type that heads
     answer in."""
-    if isinstance(outputs, dict):
-        return {name: in_float32(module, inputs, value) for name, value in outputs.items()}
-    if isinstance(outputs, (list, tuple)):
-        return type(outputs)(in_float32(module, inputs, value) for value in outputs)
-    return outputs.float()
+    return tree_map(Tensor.float, outputs)
 
 
 def build_detector(config: CfgNode, num_classes: int) -> Detector:
