@@ -56,10 +56,10 @@ def read_coco(path: Path) -> COCO:
         for key, value in (("iscrowd", 0), ("area", annotation["bbox"][2] * annotation["bbox"][3])):
             if annotation.get(key) is None:
                 annotation[key] = value
-    return index(content)
+    return as_coco(content)
 
 
-def index(content: dict[str, Any]) -> COCO:
+def as_coco(content: dict[str, Any]) -> COCO:
     """pycocotools' form of annotations."""
     coco = COCO()
     coco.dataset = content

@@ -10,7 +10,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from detection.batch import Objects
-from detection.coco import categories, encode_mask, index, silence
+from detection.coco import as_coco, categories, encode_mask, silence
 from utils.dist import gather_objects
 
 _OBJECT = 0.5  # least probability of an object's pixels
@@ -142,7 +142,7 @@ def _precision(coco: COCO, results: list[dict[str, Any]], kind: str, key: str) -
     wanted = ("image_id", "category_id", "score", key)
     found = [{name: result[name] for name in wanted} for result in results]
     with silence():
-        loaded = coco.loadRes(found) if found else index({**coco.dataset, "annotations": []})
+        loaded = coco.loadRes(found) if found else as_coco({**coco.dataset, "annotations": []})
         evaluation = COCOeval(coco, loaded, "bbox" if key == "bbox" else "segm")
         evaluation.evaluate()
         evaluation.accumulate()

@@ -16,7 +16,7 @@ from utils.scoring import Weights, log_matched, score_timed
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredDetections:
     """What a detector found and reached.
 
     Attributes:
@@ -32,7 +32,7 @@ class Scored:
     images_per_s: float
 
 
-def score_weights(config: CfgNode, world: World, precision: Precision, weights: Weights) -> Scored:
+def score_weights(config: CfgNode, world: World, precision: Precision, weights: Weights) -> ScoredDetections:
     """Scores weights on the validation data, every image once.
 
     Args:
@@ -55,4 +55,4 @@ def score_weights(config: CfgNode, world: World, precision: Precision, weights: 
         log_matched(found, classes)
     sums = DetectionSums(data.coco, classes, data.with_masks, data.is_main)
     score, images_per_s = score_timed(network, data, world, precision, sums)
-    return Scored(score, sums.results, data.coco, images_per_s)
+    return ScoredDetections(score, sums.results, data.coco, images_per_s)

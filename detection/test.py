@@ -26,7 +26,7 @@ from utils.errors import UserError
 
 if TYPE_CHECKING:
     from detection.metrics import BoxScore
-    from detection.scoring import Scored
+    from detection.scoring import ScoredDetections
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def print_table(score: "BoxScore") -> None:
             print(f"{kind:6}" + "".join(f"{getattr(score, f'{kind}_{name}'):8.3f}" for name in STATS))
 
 
-def write_reports(arguments: argparse.Namespace, scored: "Scored", settings: dict[str, Any]) -> None:
+def write_reports(arguments: argparse.Namespace, scored: "ScoredDetections", settings: dict[str, Any]) -> None:
     """Writes the files that the flags name."""
     from detection.coco import categories
     from utils.checkpoint import write_beside, write_text

@@ -20,7 +20,7 @@ from torchvision.tv_tensors import Mask
 from yacs.config import CfgNode
 
 from data.build import EvalData, TrainData, check_steps, loader_settings
-from data.datasets import ImageSamples, count_classes, data_root, repeated
+from data.datasets import ImageSamples, blank_image, count_classes, data_root, repeated
 from data.decoding import as_mode
 from data.files import files_below
 from data.finish import Normalize
@@ -34,7 +34,6 @@ from utils.errors import UserError, listing, reason
 
 _CROP_TRIES = 10
 _NAME_FILES = ("classes.txt", "objectInfo150.txt")  # a name a line; or ADE20K's table, whose last column they are
-_BLANK_SIZE = (64, 64)
 
 Files = tuple[Image.Image, Image.Image]  # an image and its label map, perhaps not decoded yet
 Pair = tuple[ImageTensor, Mask]  # uint8 [C, H, W] and class numbers, uint8 [H, W]
@@ -196,7 +195,7 @@ def decode(files: Files, mode: str, num_classes: int, reduce_zero_label: bool) -
 
 def blank() -> Files:
     """What stands for a broken pair."""
-    return Image.new("RGB", _BLANK_SIZE), Image.new("L", _BLANK_SIZE)
+    return blank_image(), blank_image().convert("L")
 
 
 def train_transform(config: CfgNode, num_classes: int) -> Transform:

@@ -12,7 +12,7 @@ from helpers_unit import said_by, start_ranks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.coco import encode_mask, index, read_coco, silence
+from detection.coco import as_coco, encode_mask, read_coco, silence
 from detection.metrics import BoxScore, DetectionSums, MaskScore, score
 from utils.dist import join_world
 
@@ -29,7 +29,7 @@ def truth(*boxes, crowd=None, category=5):
         annotations.append({**annotations[0], "id": 99, "bbox": crowd, "area": crowd[2] * crowd[3], "iscrowd": 1})
     categories = [{"id": number, "name": name} for number, name in CATEGORIES.items()]
     image = {"id": 4, "file_name": "a.png", "width": 100, "height": 100}
-    return index({"images": [image], "annotations": annotations, "categories": categories})
+    return as_coco({"images": [image], "annotations": annotations, "categories": categories})
 
 
 def found(*rows, category=5):

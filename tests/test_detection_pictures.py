@@ -4,7 +4,7 @@ import pytest
 from helpers_detection import CATEGORIES
 from PIL import Image
 
-from detection.coco import index
+from detection.coco import as_coco
 from detection.pictures import save_pictures
 
 
@@ -23,7 +23,7 @@ def save(tmp_path):
             for number in range(len(names))
         ]
         categories = [{"id": number, "name": name} for number, name in CATEGORIES.items()]
-        coco = index({"images": images, "annotations": marks, "categories": categories})
+        coco = as_coco({"images": images, "annotations": marks, "categories": categories})
         save_pictures(tmp_path / "out", tmp_path / "images", coco, [], len(names), 0.5, with_masks)
         return sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "out").rglob("*.png"))
 
