@@ -59,7 +59,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
     folder = Path(arguments.report) if arguments.report else None
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         setup_logging(world.is_main)
-        precision = choose_scoring_precision(config, world.device, _log.info)
+        precision = choose_scoring_precision(config, world.device)
         if config.THROUGHPUT_MODE:
             network = build_model(config, config.MODEL.GMA.NUM_CLASSES)
             network = fuse(network) if arguments.fuse else network

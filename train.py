@@ -38,11 +38,11 @@ def main() -> None:
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         setup_logging(world.is_main)
         if config.EVAL_MODE:
-            precision = choose_scoring_precision(config, world.device, _log.info)
+            precision = choose_scoring_precision(config, world.device)
             score = score_weights(config, world, precision, read_weights(config)).score
             _log.info(f" * Acc@1 {score.acc1:.3f} Acc@5 {score.acc5:.3f}")
             return
-        precision = choose_precision(config, world.device, _log.info)
+        precision = choose_precision(config, world.device)
         if config.THROUGHPUT_MODE:
             network = build_model(config, config.MODEL.GMA.NUM_CLASSES)
             _log.info(measure(network, config, world.device, precision))

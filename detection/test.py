@@ -68,7 +68,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
 
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         setup_logging(world.is_main)
-        precision = choose_scoring_precision(config, world.device, _log.info)
+        precision = choose_scoring_precision(config, world.device)
         weights = read_weights(config, arguments.weights)
         scored = score_weights(config, world, precision, weights)
         if not world.is_main:

@@ -39,11 +39,11 @@ def main() -> None:
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         setup_logging(world.is_main)
         if config.EVAL_MODE:
-            precision = choose_scoring_precision(config, world.device, _log.info)
+            precision = choose_scoring_precision(config, world.device)
             scored = score_weights(config, world, precision, read_weights(config))
             _log.info(f" * {describe(scored.score)}")
         else:
-            train(config, world, choose_precision(config, world.device, _log.info), detection(config))
+            train(config, world, choose_precision(config, world.device), detection(config))
 
 
 if __name__ == "__main__":

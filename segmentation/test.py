@@ -62,7 +62,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
 
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         setup_logging(world.is_main)
-        precision = choose_scoring_precision(config, world.device, _log.info)
+        precision = choose_scoring_precision(config, world.device)
         weights = read_weights(config, arguments.weights)
         folder, compared = arguments.save_pictures, arguments.pictures
         scored = score_weights(config, world, precision, weights, folder, compared)

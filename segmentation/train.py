@@ -42,11 +42,11 @@ def main() -> None:
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         setup_logging(world.is_main)
         if config.EVAL_MODE:
-            precision = choose_scoring_precision(config, world.device, _log.info)
+            precision = choose_scoring_precision(config, world.device)
             scored = score_weights(config, world, precision, read_weights(config))
             _log.info(f" * {describe(scored.score)}")
             return
-        precision = choose_precision(config, world.device, _log.info)
+        precision = choose_precision(config, world.device)
         if config.THROUGHPUT_MODE:
             network = build_segmenter(config, config.MODEL.GMA.NUM_CLASSES or 1)
             _log.info(measure(network, config, world.device, precision))

@@ -45,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = config_from(arguments)
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
-        precision = choose_precision(config, world.device, lambda _: None)
+        precision = choose_precision(config, world.device)
         network = build_model(config, _CLASSES)
         training = build_training(
             config, world, precision, classification(), network, steps_per_epoch=2 * arguments.rounds + 2

@@ -1,13 +1,16 @@
 """How a network computes on a device: its precision, its kernels and the layout of its tensors."""
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from yacs.config import CfgNode
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,17 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
-def choose_precision(config: CfgNode, device: torch.device, say: Callable[[str], None]) -> Precision:
+def choose_precision(config: CfgNode, device: torch.device) -> Precision:
     """The precision that PRECISION or AMP_OPT_LEVEL asks for on a device.
 
     Args:
         config: The configuration.
         device: Where the network computes.
-        say: Called with a sentence where apex's name is translated.
     """
     make = partial(Precision, device_type=device.type)
     if config.AMP_OPT_LEVEL:
         chosen = make("fp32" if config.AMP_OPT_LEVEL == "O0" or device.type == "cpu" else "fp16")
-        say(f"AMP_OPT_LEVEL {config.AMP_OPT_LEVEL} is apex's name: computing in {chosen.name} on {device.type}")
+        _log.info(f"AMP_OPT_LEVEL {config.AMP_OPT_LEVEL} is apex's name: computing in {chosen.name} on {device.type}")
         return chosen
     if config.PRECISION != "auto":
         return make(config.PRECISION)
@@ -54,11 +56,11 @@ def choose_precision(config: CfgNode, device: torch.device, say: Callable[[str],
     return make("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
 
 
-def choose_scoring_precision(config: CfgNode, device: torch.device, say: Callable[[str], None]) -> Precision:
+def choose_scoring_precision(config: CfgNode, device: torch.device) -> Precision:
     """As `choose_precision`, but left to itself it is fp32 on every device, so that the digits do not depend on it."""
     if config.PRECISION == "auto" and not config.AMP_OPT_LEVEL:
         return Precision("fp32", device.type)
-    return choose_precision(config, device, say)
+    return choose_precision(config, device)
 
 
 def memory_format(config: CfgNode) -> torch.memory_format:
