@@ -1,10 +1,14 @@
 """tools/benchmark.py: the literal form, what is counted and timed, what is reported and refused."""
 
+import errno
 import json
+import os
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,6 +18,7 @@ from models.fuse import FusedProxy
 from models.published import to_published
 from tests import reference
 from tests.fixtures.fill import fill, images
+from tools.benchmark import report
 from tools.benchmarking import ceiling, timing
 from tools.benchmarking.chart import draw_chart
 from tools.benchmarking.cost import count_work, peak_memory
@@ -22,6 +27,7 @@ from tools.benchmarking.measure import Result, Settings, measure
 from tools.benchmarking.networks import in_form
 from tools.benchmarking.report import as_json, markdown
 from tools.benchmarking.subjects import Step, Subject, plan
+from utils.errors import UserError
 
 CPU = torch.device("cpu")
 MACHINE = {"cpu": "a processor", "cores": 2, "threads": 1, "torch": "2"}
@@ -329,6 +335,18 @@ class TestReport:
         assert pictures["rows"].width == pictures["one"].width and pictures["rows"].height > pictures["one"].height
         assert pictures["columns"].height == pictures["one"].height and pictures["columns"].width > 1000
         assert len(pictures["one"].getcolors(10**6)) > 20
+
+    def test_a_chart_that_cannot_be_written_takes_no_numbers_with_it(self, tmp_path, monkeypatch, capsys):
+        def disk_full(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(FigureCanvasAgg, "print_png", disk_full)
+        files = {name: tmp_path / f"speed.{name}" for name in ("json", "markdown", "png")}
+        with pytest.raises(UserError, match=r"speed\.png cannot be written \(.*No space left on device\)"):
+            report(Namespace(vs=[], img_size=224, **files), self.results(), MACHINE)
+        assert "| ours |" in capsys.readouterr().out
+        assert len(json.loads(files["json"].read_text())["results"]) == 4
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["speed.json", "speed.markdown"]
 
 
 class TestProgram:

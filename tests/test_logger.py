@@ -487,7 +487,7 @@ def test_curves_begin_at_epoch_0_hold_every_point_and_have_a_colour_for_each_mea
             super().__init__(figure)
             figures.append(figure)
 
-    monkeypatch.setattr("utils.curves.FigureCanvasAgg", Canvas)
+    monkeypatch.setattr("utils.sheet.FigureCanvasAgg", Canvas)
     measures = {f"measure{number}": str(number) for number in range(6)}
     scores = [{"update": update, "epoch": 0, "loss": 0.5, **dict.fromkeys(measures, 50.0)} for update in (4, 6)]
     lines = [progress(2), progress(3), *scores]

@@ -135,9 +135,9 @@ def benchmark_networks(arguments: argparse.Namespace) -> None:
 def report(arguments: argparse.Namespace, results: list[Result], machine: dict[str, Any]) -> None:
     """Prints the tables and writes the files that are asked for."""
     tables = markdown(results, arguments.vs[0] if arguments.vs else None, machine, arguments.img_size)
-    if arguments.png:
-        draw_chart(results, arguments.png, machine)
     write(arguments, tables, as_json(results, machine, settings_of(arguments)))
+    if arguments.png:  # last, so that no chart that fails takes an hour's numbers with it
+        draw_chart(results, arguments.png, machine)
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from utils.checkpoint import write_beside
+from utils.sheet import write_figure
 
 _COLUMNS = 3
 _MOST_POINTS = 200  # of a curve: more lines than that are averaged
@@ -70,7 +69,7 @@ def draw_comparison(names: Sequence[str], runs: Sequence[Curves], path: Path) ->
     if any(key.startswith(_EMA) for run in runs for line in run.scores for key in line):
         handles.append(Line2D([], [], color="grey", linestyle="--", label="moving average"))
     figure.legend(handles=handles, loc="outside upper left", ncols=5, fontsize=9, frameon=False)
-    write_beside(path, lambda beside: FigureCanvasAgg(figure).print_png(str(beside)))
+    write_figure(figure, path)
 
 
 def _colours(count: int) -> list[Any]:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from utils.checkpoint import write_beside
+from utils.sheet import write_figure
 
 _SHOWN = 6
 _INCHES = 1.28  # of a scene
@@ -57,4 +56,4 @@ def draw_scenes(root: Path, path: Path) -> None:
                 verticalalignment="bottom",
                 bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
             )
-    write_beside(path, lambda beside: FigureCanvasAgg(figure).print_png(str(beside)))
+    write_figure(figure, path)

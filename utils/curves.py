@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from utils.checkpoint import write_beside
 from utils.logger import read_metrics
+from utils.sheet import write_figure
 
 _BLUE, _ORANGE = "#2f6f9f", "#d9742b"
 _OTHERS = ("#b0b0b0", "#7a9e7e", "#8d7aa8", "#5f6a72", "#c2a14d")  # of the measures after the first, again and again
@@ -43,7 +42,7 @@ def draw_curves(folder: Path, updates_per_epoch: int, measures: Mapping[str, str
         axis.set_xlim(left=0)
     for axis in axes[1]:
         axis.set_xlabel("epoch")
-    write_beside(folder / "curves.png", lambda beside: FigureCanvasAgg(figure).print_png(str(beside)))
+    write_figure(figure, folder / "curves.png")
 
 
 def _draw(axis: Axes, lines: list[dict[str, Any]], curves: dict[str, tuple[str, str]], title: str) -> None:

@@ -1,10 +1,12 @@
-"""A contact sheet: pictures in a grid of equal cells, each with caption lines below it."""
+"""A contact sheet: pictures in a grid of equal cells, each with caption lines below it; and the writing of PNGs."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.checkpoint import write_beside
@@ -63,6 +65,15 @@ def write_png(image: Image.Image, path: Path) -> None:
         UserError: If it cannot be written.
     """
     write_beside(path, lambda beside: image.save(beside, format="PNG", optimize=True))
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as a PNG, whole or not at all.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    write_beside(path, lambda beside: FigureCanvasAgg(figure).print_png(str(beside)))
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tools.benchmarking.machine import machine_line
 from tools.benchmarking.measure import Result
 from tools.benchmarking.networks import LITERAL
+from utils.sheet import write_figure
 
 _OURS, _LITERAL, _PEER = "#2f6f9f", "#b0b0b0", "#d9742b"
 
@@ -23,6 +23,9 @@ def draw_chart(results: Sequence[Result], path: Path, machine: dict[str, Any]) -
         results: Of a run.
         path: The PNG to write.
         machine: As `describe_machine` gives it.
+
+    Raises:
+        UserError: If it cannot be written.
     """
     tables = [list(group) for _, group in groupby(results, _title)]
     ours = {result.subject.network for result in results if result.subject.form == LITERAL}
@@ -32,7 +35,7 @@ def draw_chart(results: Sequence[Result], path: Path, machine: dict[str, Any]) -
     for axis, table in zip(figure.subplots(rows, columns, squeeze=False).flatten(), tables, strict=True):
         _draw(axis, table, ours)
     figure.suptitle(machine_line(machine), fontsize=9, x=0.01, ha="left")
-    FigureCanvasAgg(figure).print_png(str(path))
+    write_figure(figure, path)
 
 
 def _title(result: Result) -> str:
