@@ -156,6 +156,10 @@ def test_long_runs_and_single_epochs_can_be_drawn(tmp_path):
     assert size[0] > 800 and len(found) >= 2
 
 
+def test_dollars_in_a_runs_name_are_drawn_as_they_are(tmp_path):
+    draw_comparison(["$_{$", "other"], [curves(), curves()], tmp_path / "dollars.png")
+
+
 # What is refused
 
 

@@ -15,6 +15,7 @@ from models.build import build_model
 from models.receptive_fields import receptive_fields
 from tools.visualizing.attention import attention_figure, place_of
 from tools.visualizing.class_activation import Activation, cam_figure, class_number, grad_cam
+from tools.visualizing.figures import save_figure
 from tools.visualizing.inputs import OWN_SIZE, Inputs, image_files
 from tools.visualizing.receptive_field import average_fields, field_figure
 from utils.errors import UserError
@@ -307,6 +308,11 @@ def test_cam_panels_hold_each_images_evidence_and_say_where_there_is_none():
     ]
     assert np.allclose(axes[1].images[1].get_array(), ramp / 63)
     assert float(axes[3].images[1].get_array().max()) == 0
+
+
+def test_dollars_in_a_classs_name_are_drawn_as_they_are(tmp_path):
+    found = [[Activation("$_{$", 0.5, torch.ones(8, 8))]]
+    save_figure(cam_figure([torch.zeros(3, 8, 8, dtype=torch.uint8)], found, 3), tmp_path / "cam.png", 40)
 
 
 def test_field_panels_show_shares_of_the_largest_gradient_and_the_squares():

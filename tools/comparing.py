@@ -68,7 +68,9 @@ def draw_comparison(names: Sequence[str], runs: Sequence[Curves], path: Path) ->
     handles = [Line2D([], [], color=colour, label=name) for name, colour in zip(names, colours, strict=True)]
     if any(key.startswith(_EMA) for run in runs for line in run.scores for key in line):
         handles.append(Line2D([], [], color="grey", linestyle="--", label="moving average"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=5, fontsize=9, frameon=False)
+    legend = figure.legend(handles=handles, loc="outside upper left", ncols=5, fontsize=9, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a run's name is no formula
     write_figure(figure, path)
 
 

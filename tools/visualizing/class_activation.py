@@ -192,4 +192,4 @@ def _overlay(axis: Axes, pixels: Tensor, each: Activation) -> None:
     axis.imshow(heat, cmap=_COLOURS, vmin=0, vmax=1, alpha=_OPACITY, extent=extent_of(pixels))
     nothing = "" if largest else "\nno evidence for it"
     label = each.label if len(each.label) <= _LABEL else each.label[: _LABEL - 1] + "…"
-    axis.set_title(f"{label} ({each.probability:.1%}){nothing}", fontsize=8)
+    axis.set_title(f"{label} ({each.probability:.1%}){nothing}", fontsize=8, parse_math=False)
