@@ -7,7 +7,6 @@ Usage:
 """
 
 import argparse
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +46,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from models.build import build_model
     from models.fuse import fuse
-    from utils.checkpoint import write_text
+    from utils.checkpoint import write_json
     from utils.dist import join_world, together
     from utils.logger import setup_logging
     from utils.precision import choose_scoring_precision
@@ -68,7 +67,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
             facts = asdict(measured) | {"fused": arguments.fuse}
             with together():
                 if arguments.json and world.is_main:
-                    write_text(Path(arguments.json), json.dumps(facts, indent=2) + "\n")
+                    write_json(Path(arguments.json), facts)
             return
         with together():
             if folder and world.is_main:
@@ -97,7 +96,7 @@ def score_or_measure(arguments: argparse.Namespace, config: CfgNode) -> None:
         outcomes = sums.outcomes() if sums else None
         with together():
             if arguments.json and world.is_main:
-                write_text(Path(arguments.json), json.dumps(facts, indent=2) + "\n")
+                write_json(Path(arguments.json), facts)
             if outcomes and world.is_main:
                 report_on(outcomes, scored, config, facts, folder)
 

@@ -10,7 +10,6 @@ import argparse
 import csv
 import json
 import logging
-import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -102,9 +101,9 @@ def print_table(score: "BoxScore") -> None:
 def write_reports(arguments: argparse.Namespace, scored: "ScoredDetections", settings: dict[str, Any]) -> None:
     """Writes the files that the flags name."""
     from detection.coco import categories
-    from utils.checkpoint import write_beside, write_text
+    from utils.checkpoint import finite, write_beside, write_json, write_text
 
-    values = {name: _finite(value) for name, value in asdict(scored.score).items()}
+    values = finite(asdict(scored.score))
     names = list(categories(scored.coco).values())
     of_classes = {name: values.pop(name) for name in list(values) if name.endswith("_of_classes")}
     by_class = [
@@ -112,18 +111,11 @@ def write_reports(arguments: argparse.Namespace, scored: "ScoredDetections", set
         for place, name in enumerate(names)
     ]
     if arguments.json:
-        write_text(arguments.json, json.dumps(values | {"classes": by_class} | settings, indent=2) + "\n")
+        write_json(arguments.json, values | {"classes": by_class} | settings)
     if arguments.classes:
         write_beside(arguments.classes, lambda beside: write_table(beside, by_class))
     if arguments.detections:
         write_text(arguments.detections, json.dumps(scored.results))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has nothing for what is not a number."""
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:

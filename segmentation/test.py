@@ -9,9 +9,7 @@ D holds images/validation and annotations/validation.
 """
 
 import argparse
-import json
 import logging
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +51,7 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
     # Torch and timm take seconds to import: a wrong key or flag is told of before.
     from segmentation.pictures import draw_overview
     from segmentation.scoring import score_weights
-    from utils.checkpoint import write_text
+    from utils.checkpoint import write_json
     from utils.dist import join_world
     from utils.logger import setup_logging
     from utils.metrics import describe
@@ -82,17 +80,12 @@ def score(arguments: argparse.Namespace, config: CfgNode) -> None:
         if arguments.json:
             values: dict[str, Any] = {name: getattr(result, name) for name in (*result.measures, "loss", "images")}
             values |= {
-                "classes": {name: {"iou": _number(iou), "acc": _number(acc)} for name, iou, acc in by_class},
+                "classes": {name: {"iou": iou, "acc": acc} for name, iou, acc in by_class},
                 **circumstances(weights, world, precision, images_per_s),
                 "multi_scale": config.TEST.MULTI_SCALE,
                 "sliding_window": config.TEST.SLIDING_WINDOW,
             }
-            write_text(arguments.json, json.dumps(values, indent=2) + "\n")
-
-
-def _number(value: float) -> float | None:
-    """JSON's form of a percentage, which is none of a class that does not occur."""
-    return None if math.isnan(value) else value
+            write_json(arguments.json, values)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import math
 import os
 import pickle
@@ -309,6 +310,13 @@ def test_text_that_cannot_be_written_is_told_of_in_a_line(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "file")
     with pytest.raises(UserError, match=r"link cannot be written \(.*No such file"):
         checkpoint.write_text(tmp_path / "link", "text")
+
+
+def test_a_report_holds_null_for_what_is_no_number_however_deep(tmp_path):
+    checkpoint.write_json(tmp_path / "x.json", {"loss": math.nan, "of": [{"a": -math.inf}, (0.5, 1, True, None, "é")]})
+    read = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert read == {"loss": None, "of": [{"a": None}, [0.5, 1, True, None, "é"]]}
+    assert (tmp_path / "x.json").read_text().endswith("\n}\n")
 
 
 def test_a_second_name_is_on_disk_too(tmp_path, monkeypatch):

@@ -21,7 +21,6 @@ flags of its own: --loader --help tells them.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from tools.benchmarking.measure import Result, Settings, measure
 from tools.benchmarking.networks import build_network
 from tools.benchmarking.report import as_json, markdown
 from tools.benchmarking.subjects import plan
-from utils.checkpoint import write_text
+from utils.checkpoint import write_json, write_text
 from utils.cli import Parser, at_least, check_report, run
 from utils.dist import choose_device
 from utils.errors import UserError
@@ -151,7 +150,7 @@ def write(arguments: argparse.Namespace, tables: str, numbers: dict[str, Any]) -
     if arguments.markdown:
         write_text(arguments.markdown, tables)
     if arguments.json:
-        write_text(arguments.json, json.dumps(numbers, indent=2) + "\n")
+        write_json(arguments.json, numbers)
 
 
 if __name__ == "__main__":

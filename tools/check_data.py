@@ -13,7 +13,6 @@ Exit code: 0 if there is nothing to mend, 1 if there is, 2 if the command line i
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 import tarfile
@@ -36,7 +35,7 @@ from data.datasets import FolderSource, Source, open_split
 from data.decoding import as_mode
 from data.files import endings, files_below
 from data.tar import INDEX, tar_files
-from utils.checkpoint import write_text
+from utils.checkpoint import write_json
 from utils.cli import Parser, at_least, check_report, run
 from utils.config import default_config
 from utils.console import say
@@ -329,7 +328,7 @@ def main() -> None:
     )
     say(in_words(report))
     if arguments.json:
-        write_text(arguments.json, json.dumps(report, indent=2) + "\n")
+        write_json(arguments.json, report)
     if any(report["to_mend"].values()):
         sys.exit(1)
 

@@ -8,7 +8,6 @@ One multiply-add is one FLOP. "FLOPs" is what fvcore counts by itself and papers
 activation functions, sums and products too. Counting needs no weights, no data and no GPU.
 """
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.build import build_model
-from utils.checkpoint import write_text
+from utils.checkpoint import write_json
 from utils.cli import Parser, check_report, run
 from utils.config import check, load_config
 from utils.errors import UserError
@@ -54,7 +53,7 @@ def main() -> None:
         print_sizes(counts)
     if arguments.json:
         written = {name: asdict(result) for name, result in counts.items()}
-        write_text(arguments.json, json.dumps(written[name] if arguments.cfg else written, indent=2) + "\n")
+        write_json(arguments.json, written[name] if arguments.cfg else written)
 
 
 def count_config(path: Path, size: int | None) -> tuple[str, int, Counts]:

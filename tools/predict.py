@@ -34,7 +34,8 @@ from data.files import FileSource, find_images, spread
 from data.finish import Normalize
 from data.transforms import eval_transform
 from models.fuse import fuse
-from tools.predictions import Prediction, draw_sheet, name_classes, write_csv, write_json
+from tools.predictions import Prediction, as_json, draw_sheet, name_classes, write_csv
+from utils.checkpoint import write_json
 from utils.cli import Parser, at_least, check_report, run
 from utils.console import say
 from utils.dist import choose_device
@@ -173,7 +174,7 @@ def report(arguments: argparse.Namespace, trained: Trained, predictions: list[Pr
         "precision": arguments.precision,
     }
     if arguments.json:
-        write_json(predictions, about, arguments.json)
+        write_json(arguments.json, about | as_json(predictions))
     if arguments.csv:
         write_csv(predictions, arguments.csv)
     whole = [prediction for prediction in predictions if not prediction.complaint]

@@ -1,7 +1,6 @@
 """What a network sees in images, and how predict.py writes and draws it."""
 
 import csv
-import json
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from data.decoding import as_mode
-from utils.checkpoint import write_beside, write_text
+from utils.checkpoint import write_beside
 from utils.sheet import PLAIN, RIGHT, WRONG, contact_sheet, write_png
 from utils.trained import Trained
 
@@ -61,8 +60,8 @@ def name_classes(trained: Trained, numbers: list[int], probabilities: list[float
     ]
 
 
-def write_json(predictions: list[Prediction], about: dict[str, Any], path: Path) -> None:
-    """Writes what was predicted by what, and which images are broken."""
+def as_json(predictions: list[Prediction]) -> dict[str, Any]:
+    """What was predicted, and which images are broken."""
     images = [
         {"path": str(prediction.path), "top": [asdict(guess) for guess in prediction.top]}
         for prediction in predictions
@@ -73,8 +72,7 @@ def write_json(predictions: list[Prediction], about: dict[str, Any], path: Path)
         for prediction in predictions
         if prediction.complaint
     ]
-    report = json.dumps({**about, "images": images, "broken": broken}, indent=2)
-    write_text(path, report + "\n")
+    return {"images": images, "broken": broken}
 
 
 def write_csv(predictions: list[Prediction], path: Path) -> None:

@@ -10,7 +10,6 @@ laid out and how each set is scored.
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,7 +47,7 @@ from tools.imagenet_sets.sets import (
     set_synsets,
     v2_variant,
 )
-from utils.checkpoint import write_text
+from utils.checkpoint import write_json
 from utils.cli import Parser, at_least, check_report, run
 from utils.dist import World, join_world, together
 from utils.engine import evaluate
@@ -282,8 +281,7 @@ def report(
         if rows:
             where = {"path": str(arguments.c), "cropped": arguments.c_crop}
             values["imagenet_c"] = where | corruptions_json(rows, missing)
-        text = json.dumps(values, indent=2) + "\n"
-        write_text(arguments.json, text)
+        write_json(arguments.json, values)
 
 
 def parse() -> argparse.Namespace:

@@ -1,7 +1,9 @@
 """Write, find, verify, load and prune checkpoints. A checkpoint is a dict of plain types and tensors, never code."""
 
 import hashlib
+import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -153,6 +155,24 @@ def write_text(path: Path, text: str) -> None:
             raise not_written(path, error) from None
     else:
         write_beside(path, lambda beside: _write_utf8(beside, text))
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a report as `write_text` does; numbers that JSON has nothing for are null in it.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    write_text(path, json.dumps(finite(values), indent=2) + "\n")
+
+
+def finite(values: Any) -> Any:
+    """Nested plain types with None in the place of what is no finite number."""
+    if isinstance(values, dict):
+        return {name: finite(value) for name, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def _write_utf8(path: Path, text: str) -> None:

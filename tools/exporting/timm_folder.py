@@ -1,6 +1,5 @@
 """The folder that timm and the Hugging Face hub read: weights, configuration, model card."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from models.build import network_settings
 from models.groupmixformer import GroupMixFormer
 from tools.exporting.card import model_card
 from tools.exporting.checking import Run
-from utils.checkpoint import write_text
+from utils.checkpoint import write_json, write_text
 from utils.trained import Trained
 
 _VARIANTS = "groupmixformer_*"
@@ -83,7 +82,7 @@ def write_folder(trained: Trained, folder: Path, licence: str | None) -> None:
     weights = {name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}
     # Not by save_file, whose files nobody else may read.
     (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
-    write_text(folder / "config.json", json.dumps(hub_config(trained, variant), indent=2) + "\n")
+    write_json(folder / "config.json", hub_config(trained, variant))
     write_text(folder / "README.md", model_card(trained, variant, licence))
 
 
