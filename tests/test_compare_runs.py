@@ -10,6 +10,7 @@ from PIL import Image
 
 from tools.comparing import Curves, draw_comparison
 from utils.config import default_config
+from utils.console import markdown_table
 
 PROGRAM = "tools/compare_runs.py"
 UPDATES = 4  # of an epoch
@@ -69,11 +70,15 @@ def test_only_keys_that_differ_are_told_with_the_best_of_each_score(call, runs):
 def test_markdown_holds_the_same_table(call, runs, tmp_path):
     printed = call(PROGRAM, *runs, "--markdown", tmp_path / "t.md").stdout
     lines = (tmp_path / "t.md").read_text().splitlines()
-    assert lines[:2] == ["|  | first | second |", "| --- | --- | --- |"]
+    assert lines[:2] == ["|  | first | second |", "| --- | ---: | ---: |"]
     cells = {line.split(" | ")[0].removeprefix("| "): line.rstrip(" |").split(" | ")[1:] for line in lines[2:]}
     rows = rows_of(printed)
     del rows["first"]
     assert cells == rows
+
+
+def test_a_bar_in_a_value_is_no_edge_of_a_cell():
+    assert markdown_table([("", "a"), ("AUG.NAME", "x|y")]).splitlines()[-1] == "| AUG.NAME | x\\|y |"
 
 
 def test_runs_of_different_tasks_are_compared_each_by_its_own_scores(call, runs, tmp_path):

@@ -18,7 +18,7 @@ import sys
 import tarfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from pathlib import Path
@@ -38,7 +38,7 @@ from data.tar import INDEX, tar_files
 from utils.checkpoint import write_json
 from utils.cli import Parser, at_least, check_report, run
 from utils.config import default_config
-from utils.console import say
+from utils.console import aligned, say
 from utils.errors import UserError, reason
 
 _DATASETS = ("folder", "tar")
@@ -226,7 +226,7 @@ def in_words(report: dict[str, Any]) -> str:
     """The report as lines to read: a table of both splits, the beginnings of the lists, what to do."""
     splits = [report["train"], report["val"]]
     train, val = (split["split"] for split in splits)
-    lines = _aligned(_table(splits), str.rjust)
+    lines = aligned(_table(splits), str.rjust)
     for split, key in ((train, "only_in_train"), (val, "only_in_val")):
         lines += _section(f"classes that only {split} has", [(name,) for name in report[key]])
     for split in splits:
@@ -274,13 +274,7 @@ def _section(title: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
     if not rows:
         return []
     rest = [f"  and {len(rows) - _LINES:,} more, which --json FILE writes"] if len(rows) > _LINES else []
-    return ["", f"{title} ({len(rows):,}):", *("  " + line for line in _aligned(rows[:_LINES], str.ljust)), *rest]
-
-
-def _aligned(rows: Sequence[tuple[str, ...]], justify: Callable[[str, int], str]) -> list[str]:
-    """Lines of columns, the first one to the left and the others as told."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(justify, row[1:], widths[1:])]).rstrip() for row in rows]
+    return ["", f"{title} ({len(rows):,}):", *("  " + line for line in aligned(rows[:_LINES])), *rest]
 
 
 def _verdict(to_mend: dict[str, int]) -> str:

@@ -26,7 +26,7 @@ from tools.comparing import Curves, draw_comparison
 from utils.checkpoint import write_text
 from utils.cli import Parser, check_report, run
 from utils.config import flatten
-from utils.console import say
+from utils.console import aligned, markdown_table, say
 from utils.errors import UserError, reason
 from utils.logger import read_metrics
 
@@ -114,18 +114,6 @@ def _best(lines: list[dict[str, Any]], measure: str) -> str:
     return f"{value:.3f} after {-epochs:g}"
 
 
-def as_text(rows: list[Row]) -> str:
-    """Rows as aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def as_markdown(rows: list[Row]) -> str:
-    """Rows as a table of Markdown."""
-    head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *body))
-
-
 def parse() -> argparse.Namespace:
     """The command line.
 
@@ -150,11 +138,11 @@ def main() -> None:
     names = names_of(arguments.runs)
     runs = [read_run(folder) for folder in arguments.runs]
     rows = table_of(names, runs)
-    say(as_text(rows))
+    say("\n".join(aligned(rows)))
     if not any(row[0] in each.settings for row in rows for each in runs):
         print("the configurations are equal")
     if arguments.markdown:
-        write_text(arguments.markdown, as_markdown(rows))
+        write_text(arguments.markdown, markdown_table(rows) + "\n")
     if arguments.png:
         draw_comparison(names, [each.curves for each in runs], arguments.png)
 

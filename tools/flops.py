@@ -18,6 +18,7 @@ from models.build import build_model
 from utils.checkpoint import write_json
 from utils.cli import Parser, check_report, run
 from utils.config import check, load_config
+from utils.console import markdown_table
 from utils.errors import UserError
 from utils.flops import Counts, count
 
@@ -78,14 +79,11 @@ def count_config(path: Path, size: int | None) -> tuple[str, int, Counts]:
 
 def print_sizes(counts: dict[str, Counts]) -> None:
     """Prints one line for each size, beside what the paper prints."""
-    print("| network | parameters | FLOPs | all | activations | paper: parameters | paper: FLOPs |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    rows = [["network", "parameters", "FLOPs", "all", "activations", "paper: parameters", "paper: FLOPs"]]
     for name, result in counts.items():
-        published = " | ".join(_PUBLISHED[name])
-        print(
-            f"| {name} | {result.parameters:,} | {result.flops:,} | {result.all_flops:,} | {result.activations:,} "
-            f"| {published} |"
-        )
+        numbers = (result.parameters, result.flops, result.all_flops, result.activations)
+        rows.append([name, *(f"{number:,}" for number in numbers), *_PUBLISHED[name]])
+    print(markdown_table(rows))
 
 
 def print_modules(name: str, size: int, result: Counts, depth: int) -> None:

@@ -25,6 +25,7 @@ from tools.benchmarking.timing import in_turn
 from tools.benchmarking.ways import STAGES, Way, loading_ways
 from utils.cli import at_least
 from utils.config import check, load_config
+from utils.console import markdown_table
 from utils.errors import UserError, reason
 from utils.seeding import seed_host
 
@@ -253,7 +254,7 @@ def loader_tables(results: dict[str, Any], machine: dict[str, Any]) -> str:
         machine: As `describe_machine` gives it, and Pillow's version.
     """
     names = list(results["stages_ms"])
-    rows = [["", *names], ["---", *["---:"] * len(names)]]
+    rows = [["", *names]]
     rows += [
         [f"{stage}, ms", *(f"{results['stages_ms'][name][stage]['median']:.2f}" for name in names)] for stage in STAGES
     ]
@@ -266,9 +267,8 @@ def loader_tables(results: dict[str, Any], machine: dict[str, Any]) -> str:
     for speed in results["gpus_fed"][names[0]]:
         title = f"GPUs fed, of {speed} images/s each"
         rows.append([title, *(f"{results['gpus_fed'][name][speed]:.2f}" for name in names)])
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     line = f"{machine_line(machine)}, Pillow {machine['pillow']}; {results['images']}; {results['rounds']} rounds."
-    return f"{line}\n\n{table}\n\n{_LEGEND}\n"
+    return f"{line}\n\n{markdown_table(rows)}\n\n{_LEGEND}\n"
 
 
 _LEGEND = """\

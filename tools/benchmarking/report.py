@@ -9,6 +9,7 @@ from tools.benchmarking.machine import machine_line
 from tools.benchmarking.measure import Result
 from tools.benchmarking.networks import LITERAL
 from tools.benchmarking.subjects import Subject
+from utils.console import markdown_table
 
 _MODES = {"infer": "inference", "train": "training step"}
 
@@ -28,9 +29,7 @@ def markdown(results: Sequence[Result], peer: str | None, machine: dict[str, Any
         head = ["network", "images/s", "±", "ms", "peak MiB", "of literal", "GFLOP/s", "of ceiling", "x literal"]
         head += [f"x {peer}"] if peer else []
         head += ["first step, s"]
-        rule = ["---", *["---:"] * (len(head) - 1)]
-        table = "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
-        parts.append(f"**{_MODES[mode]}, {precision}, batch {batch_size}**\n\n{table}")
+        parts.append(f"**{_MODES[mode]}, {precision}, batch {batch_size}**\n\n{markdown_table([head, *lines])}")
     return "\n\n".join([*parts, *_best(results), _LEGEND]) + "\n"
 
 

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from data.build import EvalData, build_eval_data
 from tools.exporting.checking import Run
+from utils.console import markdown_table
 from utils.dist import World
-from utils.metrics import Score
 from utils.precision import Precision
 from utils.scoring import score_timed
 from utils.trained import Trained
@@ -40,11 +40,6 @@ def validation_data(trained: Trained, data_path: str) -> EvalData:
     return build_eval_data(config, _alone(), trained.classes, trained.network.num_classes)
 
 
-def score(run: Run, data: EvalData) -> tuple[Score, float]:
-    """Scores a network or a file, and says how many images a second that took, loading included."""
-    return score_timed(Runtime(run), data, _alone(), Precision("fp32", "cpu"))
-
-
 def print_scores(runs: dict[str, tuple[Run, int]], data: EvalData) -> None:
     """Prints a table of accuracies, one line for each.
 
@@ -52,10 +47,9 @@ def print_scores(runs: dict[str, tuple[Run, int]], data: EvalData) -> None:
         runs: By name: what runs it, and how many bytes it has.
         data: The images.
     """
-    print("| | MiB | Acc@1 | Acc@5 | loss | images/s |")
-    print("|---|---:|---:|---:|---:|---:|")
+    rows = [["", "MiB", "Acc@1", "Acc@5", "loss", "images/s"]]
     for name, (run, size) in runs.items():
-        result, speed = score(run, data)
-        print(
-            f"| {name} | {size / 2**20:.2f} | {result.acc1:.3f} | {result.acc5:.3f} | {result.loss:.4f} | {speed:.1f} |"
-        )
+        score, speed = score_timed(Runtime(run), data, _alone(), Precision("fp32", "cpu"))
+        mib = size / 2**20
+        rows.append([name, f"{mib:.2f}", f"{score.acc1:.3f}", f"{score.acc5:.3f}", f"{score.loss:.4f}", f"{speed:.1f}"])
+    print(markdown_table(rows))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.imagenet_sets.corruption_error import ALEXNET_ERRORS, SEVERITIES, corruption_error, relative_corruption_error
+from utils.console import markdown_table
 from utils.metrics import Score
 
 
@@ -92,7 +93,7 @@ def _mean(values: Sequence[float]) -> float:
 def sets_table(sets: Iterable[SetScore]) -> str:
     """Accuracies in percent, a row for each set."""
     rows = [[each.title, f"{each.score.images:,}", _number(each.score.acc1), _number(each.score.acc5)] for each in sets]
-    return _table([["set", "images", "Acc@1", "Acc@5"], *rows])
+    return markdown_table([["set", "images", "Acc@1", "Acc@5"], *rows])
 
 
 def corruptions_table(rows: Mapping[str, CorruptionRow], missing: Sequence[str]) -> str:
@@ -107,10 +108,11 @@ def corruptions_table(rows: Mapping[str, CorruptionRow], missing: Sequence[str])
     table = [_cells(name, row) for name, row in {**rows, **({"mean": mean} if mean else {})}.items()]
     if not any(row.relative_ce is not None for row in rows.values()):
         head, table = head[:-1], [cells[:-1] for cells in table]
+    text = markdown_table([head, *table])
     if not mean:
-        return f"{_table([head, *table])}\n\nNo mCE, which takes all of ImageNet-C; missing: {', '.join(missing)}."
+        return f"{text}\n\nNo mCE, which takes all of ImageNet-C; missing: {', '.join(missing)}."
     relative = f", relative mCE {_number(mean.relative_ce)}" if mean.relative_ce is not None else ""
-    return f"{_table([head, *table])}\n\nmCE {_number(mean.ce)}{relative}, in percent of AlexNet's."
+    return f"{text}\n\nmCE {_number(mean.ce)}{relative}, in percent of AlexNet's."
 
 
 def _cells(name: str, row: CorruptionRow) -> list[str]:
@@ -120,11 +122,6 @@ def _cells(name: str, row: CorruptionRow) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (rows[0], rule, *rows[1:]))
 
 
 def sets_json(sets: Iterable[SetScore]) -> list[dict[str, Any]]:

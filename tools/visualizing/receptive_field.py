@@ -17,6 +17,7 @@ from tools.visualizing.figures import add_figure_arguments, bare, extent_of, out
 from tools.visualizing.inputs import Inputs, add_size_argument, image_files
 from tools.visualizing.stages import check_stage
 from utils.cli import Parser, at_least
+from utils.console import markdown_table
 from utils.errors import UserError
 from utils.seeding import seed_everything
 from utils.trained import Trained, add_trained_arguments
@@ -130,19 +131,18 @@ def table(
 ) -> list[str]:
     """The squares in figures: side in pixels, and part of the image's area."""
     height, width = fields.shape[2:]
-    lines = [
-        f"squares around the middle unit that hold a share of its gradient, over {images} images "
-        f"of {height} x {width} pixels (height x width)",
-        "| network | stage |" + "".join(f" {share:.0%} |" for share in SHARES),
-        "|---|---|" + "---|" * len(SHARES),
-    ]
+    rows = [["network", "stage", *(f"{share:.0%}" for share in SHARES)]]
     for name, of_network in zip(names, fields, strict=True):
         for stage, middle, field in zip(stages, middles, of_network, strict=True):
             boxes = [square_around(field, middle, share) for share in SHARES]
             parts = [(box[2] - box[0]) * (box[3] - box[1]) / (height * width) for box in boxes]
-            cells = [f" {side_of(box)} px, {part:.1%} |" for box, part in zip(boxes, parts, strict=True)]
-            lines.append(f"| {name} | {stage} |" + "".join(cells))
-    return lines
+            cells = [f"{side_of(box)} px, {part:.1%}" for box, part in zip(boxes, parts, strict=True)]
+            rows.append([name, str(stage), *cells])
+    return [
+        f"squares around the middle unit that hold a share of its gradient, over {images} images "
+        f"of {height} x {width} pixels (height x width)",
+        markdown_table(rows),
+    ]
 
 
 def side_of(box: tuple[int, int, int, int]) -> int:
