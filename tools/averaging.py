@@ -7,13 +7,12 @@ Wortsman et al., 2022, arXiv:2203.05482.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from models.published import from_published, is_published
+from models.groupmixformer import checkpoint_filter_fn
 from utils import checkpoint
 from utils.config import changes_answers, flatten, lookup
 from utils.errors import UserError, listing
@@ -40,6 +39,10 @@ class Ingredient:
     digest: str
     config: CfgNode | None
     classes: list[str] | None
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Its weights under our names, which are read from its file each time."""
+        return checkpoint_filter_fn(checkpoint.load(self.path)[self.name])
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,6 @@ class Mean:
         return {name: means.get(name, tensor) for name, tensor in self.first.items()}
 
 
-def read_weights(state: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
-    """The weights in a checkpoint under 'model' or 'ema', under our names."""
-    return from_published(state[name]) if is_published(state[name]) else state[name]
-
-
 def look_at(path: Path, weights: str) -> Ingredient:
     """Looks into a checkpoint.
 
@@ -91,7 +89,7 @@ def look_at(path: Path, weights: str) -> Ingredient:
     """
     state = checkpoint.load_for_task(path, "classification")
     name = weights_name(state, path, weights)
-    tensors = read_weights(state, name)
+    tensors = checkpoint_filter_fn(state[name])
     if strange := [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]:
         raise UserError(f"{path} holds no weights under {listing(strange)}: name another file")
     if broken := [key for key, value in tensors.items() if not value.isfinite().all()]:
@@ -175,7 +173,7 @@ def uniform(found: Sequence[Ingredient]) -> Mean:
     """The mean of all checkpoints."""
     mean = None
     for one in tqdm(found, "averaging", unit=" checkpoints", leave=False, disable=None):
-        weights = read_weights(checkpoint.load(one.path), one.name)
+        weights = one.weights()
         mean = mean.plus(weights) if mean else Mean.of(weights)
     return mean
 
@@ -196,14 +194,14 @@ def greedy(
     """
     scores = []
     for one in found:
-        scores.append(score(read_weights(checkpoint.load(one.path), one.name)))
+        scores.append(score(one.weights()))
         print(f"{one.path}: {describe(scores[-1])}", flush=True)
     ranked = sorted(zip(found, scores, strict=True), key=lambda pair: -pair[1].correct1)  # ties in the order given
     best, reached = ranked[0]
-    mean, taken = Mean.of(read_weights(checkpoint.load(best.path), best.name)), [best]
+    mean, taken = Mean.of(best.weights()), [best]
     print(f"begin with {best.path}")
     for one, _ in ranked[1:]:
-        tried = mean.plus(read_weights(checkpoint.load(one.path), one.name))
+        tried = mean.plus(one.weights())
         with_it = score(tried.weights())
         is_taken = with_it.correct1 >= reached.correct1
         print(f"with {one.path}: {describe(with_it)}, {'taken' if is_taken else 'left out'}", flush=True)

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import safetensors.torch
 from torch import Tensor
 
-from models.published import from_published, is_ours, is_published, to_published
+from models.groupmixformer import checkpoint_filter_fn
+from models.published import is_ours, to_published
 from utils import checkpoint
 from utils.cli import Parser, add_weights_choice, check_new, run
 from utils.errors import UserError, listing
@@ -48,7 +49,7 @@ def convert(weights: Mapping[str, Tensor], names: str, source: str) -> dict[str,
     Raises:
         UserError: If a tensor is not one of a GroupMixFormer.
     """
-    ours = from_published(weights) if is_published(weights) else dict(weights)
+    ours = checkpoint_filter_fn(weights)
     foreign = [name for name in ours if not is_ours(name)]
     if foreign:
         raise UserError(f"{source} has {listing(foreign)}, which no GroupMixFormer has: name another file")
