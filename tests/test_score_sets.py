@@ -23,6 +23,7 @@ from tools.imagenet_sets.corruption_error import (
 from tools.imagenet_sets.report import corruption_row, corruptions_table, mean_row, sets_table
 from tools.imagenet_sets.sets import (
     PUBLISHED_IMAGES,
+    ClassFolders,
     RealSource,
     find_corruptions,
     folder_synsets,
@@ -33,7 +34,7 @@ from tools.imagenet_sets.sets import (
     set_synsets,
     v2_variant,
 )
-from tools.score_sets import ClassFolders, Scorer, score_corrupted
+from tools.score_sets import Scorer, score_corrupted
 from utils import checkpoint
 from utils.errors import UserError
 from utils.metrics import Score

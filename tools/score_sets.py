@@ -13,7 +13,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from data.transforms import eval_transform
 from models.fuse import fuse
 from tools.imagenet_sets.label_sums import AnyLabelSums, SubsetSums
 from tools.imagenet_sets.report import (
-    SetScore,
     corruption_row,
     corruptions_json,
     corruptions_table,
@@ -38,6 +36,8 @@ from tools.imagenet_sets.report import (
 )
 from tools.imagenet_sets.sets import (
     PUBLISHED_IMAGES,
+    ClassFolders,
+    PlannedSet,
     RealSource,
     find_corruptions,
     folder_synsets,
@@ -58,36 +58,6 @@ from utils.precision import Precision, memory_format
 from utils.trained import add_trained_arguments, trained_from
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ClassFolders:
-    """A folder of class folders.
-
-    Attributes:
-        root: The folder.
-        synsets: What is in the class folders, in the order of their names.
-    """
-
-    root: Path
-    synsets: list[str]
-
-
-@dataclass(frozen=True)
-class PlannedSet:
-    """A set to score, which is known to be there.
-
-    Attributes:
-        title: What to call it.
-        root: Its folder.
-        published_images: How many images the published set has.
-        images: What it holds.
-    """
-
-    title: str
-    root: Path
-    published_images: int
-    images: ClassFolders | RealSource
 
 
 class Scorer:
@@ -179,8 +149,8 @@ def plan_corrupted(root: Path) -> dict[str, dict[int, ClassFolders]]:
     }
 
 
-def score_sets(scorer: Scorer, sets: Sequence[PlannedSet]) -> list[SetScore]:
-    """Scores sets one after the other, and says what was reached.
+def score_sets(scorer: Scorer, sets: Sequence[PlannedSet]) -> list[tuple[PlannedSet, Score]]:
+    """Scores sets one after the other, and says what was reached; gives each with its score.
 
     Raises:
         UserError: If an image is broken, or a class has none.
@@ -188,7 +158,7 @@ def score_sets(scorer: Scorer, sets: Sequence[PlannedSet]) -> list[SetScore]:
     scores = []
     for each in sets:
         score = scorer.labels(each.images) if isinstance(each.images, RealSource) else scorer.classes(each.images)
-        scores.append(SetScore(each.title, each.root, each.published_images, score))
+        scores.append((each, score))
         _log.info("%s: %d images, %s", each.title, score.images, describe(score))
         if score.images != each.published_images:
             _log.warning("%s has %d images here, and %d as published", each.title, score.images, each.published_images)
@@ -256,7 +226,7 @@ def main() -> None:
 def report(
     arguments: argparse.Namespace,
     conditions: dict[str, Any],
-    scores: Sequence[SetScore],
+    scores: Sequence[tuple[PlannedSet, Score]],
     by_corruption: Mapping[str, Mapping[int, Score]],
     missing: Sequence[str],
 ) -> None:
@@ -265,14 +235,14 @@ def report(
     Args:
         arguments: The flags.
         conditions: Under which the network was scored.
-        scores: Of the sets.
+        scores: The sets, each with its score.
         by_corruption: Scores of ImageNet-C by corruption and severity.
         missing: What the folder lacks of ImageNet-C.
 
     Raises:
         UserError: If the report cannot be written.
     """
-    clean = next((each.score for each in scores if each.title == "ImageNet"), None)
+    clean = next((score for each, score in scores if each.title == "ImageNet"), None)
     rows = {corruption: corruption_row(corruption, of, clean) for corruption, of in by_corruption.items()}
     tables = ([sets_table(scores)] if scores else []) + ([corruptions_table(rows, missing)] if rows else [])
     print("\n" + "\n\n".join(tables))

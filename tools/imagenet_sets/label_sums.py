@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from utils.dist import sum_over_ranks
-from utils.metrics import Score, ScoreSums
+from utils.metrics import Score, ScoreSums, top5
 
 _NO_CLASS = -1
 
@@ -42,8 +42,7 @@ class AnyLabelSums:
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Adds a batch: logits [B, classes] and the images' places in the list of labels [B]."""
-        first = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
-        is_right = (first[:, :, None] == self._labels[targets][:, None, :]).any(dim=2)
+        is_right = (top5(logits)[:, :, None] == self._labels[targets][:, None, :]).any(dim=2)
         seen = torch.full((), len(targets), device=targets.device)
         self._counts += torch.stack([seen, is_right[:, 0].sum(), is_right.any(dim=1).sum()])
 

@@ -3,29 +3,12 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tools.imagenet_sets.corruption_error import ALEXNET_ERRORS, SEVERITIES, corruption_error, relative_corruption_error
+from tools.imagenet_sets.sets import PlannedSet
 from utils.console import markdown_table
 from utils.metrics import Score
-
-
-@dataclass(frozen=True)
-class SetScore:
-    """What a network reached on a set.
-
-    Attributes:
-        title: The set's name.
-        root: Its folder.
-        published_images: How many images the published set has.
-        score: What was reached.
-    """
-
-    title: str
-    root: Path
-    published_images: int
-    score: Score
 
 
 @dataclass(frozen=True)
@@ -90,9 +73,9 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def sets_table(sets: Iterable[SetScore]) -> str:
+def sets_table(scores: Iterable[tuple[PlannedSet, Score]]) -> str:
     """Accuracies in percent, a row for each set."""
-    rows = [[each.title, f"{each.score.images:,}", _number(each.score.acc1), _number(each.score.acc5)] for each in sets]
+    rows = [[each.title, f"{score.images:,}", _number(score.acc1), _number(score.acc5)] for each, score in scores]
     return markdown_table([["set", "images", "Acc@1", "Acc@5"], *rows])
 
 
@@ -124,20 +107,20 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def sets_json(sets: Iterable[SetScore]) -> list[dict[str, Any]]:
+def sets_json(scores: Iterable[tuple[PlannedSet, Score]]) -> list[dict[str, Any]]:
     """The accuracies, and the counts that they come from."""
     return [
         {
             "set": each.title,
             "path": str(each.root),
-            "images": each.score.images,
+            "images": score.images,
             "published_images": each.published_images,
-            "correct1": each.score.correct1,
-            "correct5": each.score.correct5,
-            "acc1": each.score.acc1,
-            "acc5": each.score.acc5,
+            "correct1": score.correct1,
+            "correct5": score.correct5,
+            "acc1": score.acc1,
+            "acc5": score.acc5,
         }
-        for each in sets
+        for each, score in scores
     ]
 
 

@@ -6,6 +6,7 @@ A class's *number* is its place among ImageNet-1K's 1000 synsets in the order of
 import json
 import re
 from collections import Counter
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -149,6 +150,36 @@ class RealSource:
 
     def class_of(self, index: int) -> str | None:
         """None: an image may be of several classes."""
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """A folder of class folders.
+
+    Attributes:
+        root: The folder.
+        synsets: What is in the class folders, in the order of their names.
+    """
+
+    root: Path
+    synsets: list[str]
+
+
+@dataclass(frozen=True)
+class PlannedSet:
+    """A set to score, which is known to be there.
+
+    Attributes:
+        title: What to call it.
+        root: Its folder.
+        published_images: How many images the published set has.
+        images: What it holds.
+    """
+
+    title: str
+    root: Path
+    published_images: int
+    images: ClassFolders | RealSource
 
 
 def _validation_images(root: Path, most: int) -> dict[int, Path]:
