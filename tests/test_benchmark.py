@@ -22,7 +22,7 @@ from tools.benchmark import report
 from tools.benchmarking import ceiling, timing
 from tools.benchmarking.chart import draw_chart
 from tools.benchmarking.cost import count_work, peak_memory
-from tools.benchmarking.literal import literal
+from tools.benchmarking.literal import LiteralGroupMixFormer
 from tools.benchmarking.measure import Result, Settings, measure
 from tools.benchmarking.networks import in_form
 from tools.benchmarking.report import as_json, markdown
@@ -66,7 +66,7 @@ class TestLiteralForm:
         state = {name: tensor.clone() for name, tensor in to_published(model.state_dict()).items()}
         x = images(3, height, width, seed=height).double().requires_grad_()
         logits, gradients = {}, {}
-        for name, network in {"literal": literal(model), "plain": model}.items():
+        for name, network in {"literal": LiteralGroupMixFormer(model), "plain": model}.items():
             logits[name] = network(x)
             loss = (logits[name] * torch.arange(21).reshape(3, 7).cos()).sum()
             gradients[name] = torch.autograd.grad(loss, [x, *network.parameters()])
@@ -80,7 +80,7 @@ class TestLiteralForm:
 
     def test_has_the_networks_own_tensors_under_the_same_names(self):
         model = tiny()
-        ours, theirs = literal(model).state_dict(), model.state_dict()
+        ours, theirs = LiteralGroupMixFormer(model).state_dict(), model.state_dict()
         assert list(ours) == list(theirs)
         assert all(ours[name].data_ptr() == theirs[name].data_ptr() for name in ours)
 
@@ -149,7 +149,7 @@ class TestCost:
         assert count_work(network, 48).flops == counter.get_total_flops()
 
     def test_all_forms_have_the_same_operations(self):
-        assert count_work(literal(tiny()), 40).flops == count_work(tiny(), 40).flops
+        assert count_work(LiteralGroupMixFormer(tiny()), 40).flops == count_work(tiny(), 40).flops
 
     def test_bytes_are_each_operand_once_and_weights_once_a_batch(self):
         work = count_work(small_net(), 5)

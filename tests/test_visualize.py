@@ -9,6 +9,7 @@ import torch
 from helpers_unit import ROOT, configured, noise
 from PIL import Image
 
+from data.files import find_images, spread
 from data.transforms import eval_transform
 from models.attention_maps import AttentionMap
 from models.build import build_model
@@ -16,7 +17,7 @@ from models.receptive_fields import receptive_fields
 from tools.visualizing.attention import attention_figure, place_of
 from tools.visualizing.class_activation import Activation, cam_figure, class_number, grad_cam
 from tools.visualizing.figures import save_figure
-from tools.visualizing.inputs import OWN_SIZE, Inputs, image_files
+from tools.visualizing.inputs import OWN_SIZE, Inputs
 from tools.visualizing.receptive_field import average_fields, field_figure
 from utils.errors import UserError
 from utils.trained import load_trained
@@ -208,11 +209,11 @@ def test_of_many_images_some_at_equal_distances_are_taken(tmp_path):
         (tmp_path / f"{number // 5}").mkdir(exist_ok=True)
         noise(number).save(tmp_path / f"{number // 5}" / f"{number}.png")
     (tmp_path / "notes.txt").write_text("no image")
-    assert [path.stem for path in image_files([tmp_path], 4)] == ["0", "2", "5", "7"]
-    assert [path.stem for path in image_files([tmp_path / "1", tmp_path / "0" / "3.png"], 99)] == list("567893")
+    assert [path.stem for path in spread(find_images([tmp_path]), 4)] == ["0", "2", "5", "7"]
+    assert [path.stem for path in spread(find_images([tmp_path / "1", tmp_path / "0" / "3.png"]), 99)] == list("567893")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no images"):
-        image_files([tmp_path / "empty"], 4)
+        find_images([tmp_path / "empty"])
 
 
 @pytest.mark.parametrize(

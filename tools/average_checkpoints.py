@@ -91,7 +91,7 @@ def build_scorer(arguments: argparse.Namespace, trained: Trained) -> Callable[[M
     Raises:
         UserError: If the data is missing or has classes that the network does not know.
     """
-    device = choose_device(arguments.device or "auto", local_rank=0, local_size=1)
+    device = choose_device(arguments.device or "auto")
     config = trained.config.clone()
     config.DATA.DATA_PATH = arguments.data_path
     if arguments.batch_size is not None:

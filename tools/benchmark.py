@@ -113,7 +113,7 @@ def benchmark_loader(arguments: argparse.Namespace) -> None:
 
 def benchmark_networks(arguments: argparse.Namespace) -> None:
     """Measures networks, saying on standard error what is done, and reports."""
-    device = choose_device(arguments.device, local_rank=0, local_size=1)
+    device = choose_device(arguments.device)
     if device.type == "cpu" and "fp16" in arguments.precision:
         raise UserError("--precision fp16: is for GPUs, and the device is a CPU; use bf16")
     choose_kernels(deterministic=False)

@@ -143,7 +143,7 @@ def build_loader(paths: list[Path], config: CfgNode, batch_size: int, workers: i
 def main() -> None:
     """Parses, predicts, reports."""
     arguments = parse()
-    device = choose_device(arguments.device, local_rank=0, local_size=1)
+    device = choose_device(arguments.device)
     paths = find_images(arguments.images)
     trained = trained_from(arguments)
     classes = len(trained.labels)

@@ -145,7 +145,7 @@ def _stamp(scan: Bytes, generator: Generator) -> Layer:
 
 
 def _place(stamp: Layer, below: list[Layer], generator: Generator) -> Layer | None:
-    """The scene with a stamp where it leaves enough of the digits below it, or None if no place that is tried does."""
+    """A layer with the stamp at a random place that hides little of the digits below; None if no try finds one."""
     height, width = stamp.shape[1:]
     sizes = [(ink > 0.5).sum() for ink, _ in below]
     for _ in range(_PLACES):

@@ -53,8 +53,8 @@ def groups_by_name(names: list[str], pattern: re.Pattern[str]) -> list[str]:
     return [next((part for part in match.groups() if part is not None), match[0]) for match in found if match]
 
 
-def contents(paths: list[str]) -> list[Hashable]:
-    """What is equal for files that are equal bit for bit, and for no others.
+def content_keys(paths: list[str]) -> list[Hashable]:
+    """A key for each file; two files have the same key exactly if their bytes are equal.
 
     Raises:
         UserError: Naming files that cannot be read.
@@ -167,7 +167,7 @@ def main() -> None:
     paths = [source.name(index) for index in range(len(source))]
     names = [os.path.relpath(path, root) for path in paths]
     classes = [source.class_of(index) or "" for index in range(len(source))]
-    keys = [[content] for content in contents(paths)]
+    keys = [[key] for key in content_keys(paths)]
     duplicates = len(keys) - len({key for (key,) in keys})
     if arguments.group_by:
         for of_image, group in zip(keys, groups_by_name(names, arguments.group_by), strict=True):

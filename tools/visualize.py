@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parses, reads the network, draws, prints the numbers."""
     arguments = parse()
-    device = choose_device(arguments.device, local_rank=0, local_size=1)
+    device = choose_device(arguments.device)
     trained = trained_from(arguments)
     trained.network.to(device)
     print("\n".join(arguments.draw(trained, arguments, device)))

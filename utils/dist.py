@@ -43,7 +43,7 @@ class World:
         return self.rank == 0
 
 
-def choose_device(name: str, local_rank: int, local_size: int) -> torch.device:
+def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
     """The device of a process; a GPU computes fp32 in full from then on, in convolutions too, which else were TF32.
 
     Args:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.groupmixformer import (
+    NUM_SEGMENTS,
     GroupAggregator,
     GroupMixAttention,
     GroupMixBlock,
@@ -18,16 +19,9 @@ from models.groupmixformer import (
     SeparableConv,
 )
 
-_SEGMENTS = 5
-
-
-def literal(model: GroupMixFormer) -> nn.Module:
-    """The literal form of a network; it shares the network's parameters and buffers."""
-    return LiteralGroupMixFormer(model)
-
 
 class LiteralGroupMixFormer(nn.Module):
-    """The literal form: [B, in_chans, H, W] -> [B, num_classes]."""
+    """The literal form of a network, whose tensors it shares: [B, in_chans, H, W] -> [B, num_classes]."""
 
     def __init__(self, model: GroupMixFormer) -> None:
         super().__init__()
@@ -81,7 +75,7 @@ def _attention(attn: GroupMixAttention, x: Tensor, height: int, width: int) -> T
 def _aggregate(aggregator: GroupAggregator, qkv: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """[3B, N, C] -> the attended segments as images [3B, 4C/5, H, W], and the local branch as tokens [B, N, C/5]."""
     images = _to_images(qkv, height, width)
-    segments = images.chunk(_SEGMENTS, dim=1)
+    segments = images.chunk(NUM_SEGMENTS, dim=1)
     attended = [aggregator.act(aggregator.norm(segments[0]))]
     for proxy, segment in zip(aggregator.proxies, segments[1:4], strict=True):
         attended.append(SeparableConv.forward(proxy, segment))

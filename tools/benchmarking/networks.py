@@ -11,7 +11,7 @@ import models  # noqa: F401  (registers ours with timm)
 from models.build import compile_blocks
 from models.fuse import fuse
 from models.groupmixformer import GroupMixFormer
-from tools.benchmarking.literal import literal
+from tools.benchmarking.literal import LiteralGroupMixFormer
 from utils.errors import UserError, reason
 
 PLAIN, LITERAL, FUSED = "plain", "literal", "fused"
@@ -55,7 +55,7 @@ def in_form(network: nn.Module, form: str) -> nn.Module:
     if form == FUSED:
         return fuse(network)
     network = copy.deepcopy(network)
-    return literal(network) if form == LITERAL else network
+    return LiteralGroupMixFormer(network) if form == LITERAL else network
 
 
 def compile_network(network: nn.Module, whole: bool) -> nn.Module:

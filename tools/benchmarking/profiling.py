@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tools.benchmarking.subjects import Subject
-from tools.benchmarking.timing import wait
+from utils.throughput import wait
 
 _STEPS, _OPERATORS = 3, 30
 

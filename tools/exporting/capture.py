@@ -32,5 +32,5 @@ def capture(network: Deployed, in_chans: int, for_inductor: bool = False) -> Exp
         sizes = ParamsSpec({"images": TensorSpec([ShapeVar("batch", min=1), in_chans, *sides])})
     try:
         return torch.export.export(network, (torch.zeros(batch, in_chans, height, width),), dynamic_shapes=sizes)
-    except Exception as error:  # what torch's tracer raises is not its to promise
+    except Exception as error:  # torch's tracer documents no exceptions of its own
         raise UserError(f"torch.export cannot trace the network ({reason(error)}): use another --form") from None

@@ -10,7 +10,6 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from yacs.config import CfgNode
 
-from data.files import find_images, spread
 from data.finish import Normalize
 from data.transforms import Transform, eval_transform
 from utils.cli import Parser
@@ -70,16 +69,3 @@ class Inputs:
     def batch(self, images: Sequence[Tensor]) -> Tensor:
         """The network's input from 8-bit images of one size, [B, C, H, W]."""
         return self._finish(torch.stack(list(images)).to(self._device))
-
-
-def image_files(places: Sequence[Path], most: int) -> list[Path]:
-    """The images that `find_images` finds, or so many of them.
-
-    Args:
-        places: Files and folders.
-        most: How many to take; of more, some at equal distances.
-
-    Raises:
-        UserError: If one does not exist, or holds none.
-    """
-    return spread(find_images(places), most)

@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from data.files import find_images, spread
 from models.build import build_model
 from models.groupmixformer import GroupMixFormer
 from models.receptive_fields import middle_pixel, receptive_fields, square_around
 from tools.visualizing.figures import add_figure_arguments, bare, extent_of, outline, save_figure
-from tools.visualizing.inputs import Inputs, add_size_argument, image_files
+from tools.visualizing.inputs import Inputs, add_size_argument
 from tools.visualizing.stages import check_stage
 from utils.cli import Parser, at_least
 from utils.console import markdown_table
@@ -59,7 +60,7 @@ def draw_receptive_field(trained: Trained, arguments: argparse.Namespace, device
     stages = list(dict.fromkeys(arguments.stage or range(len(trained.network.stages))))
     for stage in stages:
         check_stage(trained.network, stage)
-    files = image_files(arguments.images, arguments.most)
+    files = spread(find_images(arguments.images), arguments.most)
     networks = {"trained": trained.network}
     if arguments.untrained:
         seed_everything(trained.config.SEED)

@@ -41,7 +41,7 @@ def check_stage(network: GroupMixFormer, stage: int) -> None:
     """Refuses a stage that the network has not.
 
     Raises:
-        UserError: If it has not.
+        UserError: If there is no stage of that number.
     """
     if not 0 <= stage < len(network.stages):
         raise UserError(f"--stage {stage}: the network has stages 0 to {len(network.stages) - 1}: name one of them")
