@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from models.build import build_model
 from models.published import to_published
-from tools.averaging import Mean, greedy, look, uniform
+from tools.runs.averaging import Mean, greedy, look, uniform
 from utils import checkpoint
 from utils.metrics import Score
 from utils.trained import load_trained

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tools.comparing import Curves, draw_comparison
+from tools.runs.comparing import Curves, draw_comparison
 from utils.config import default_config
 from utils.console import markdown_table
 

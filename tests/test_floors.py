@@ -99,6 +99,11 @@ def test_programs_are_imported_by_nobody_outside_their_package(name):
     assert {target for target in imports(name) if floor(target) == SCRIPTS and target.split(".")[0] != package} == set()
 
 
+def test_every_file_that_lies_right_in_tools_is_a_program():
+    parts = [path.name for path in (ROOT / "tools").glob("*.py") if '__name__ == "__main__"' not in path.read_text()]
+    assert parts == ["__init__.py"]
+
+
 def test_no_module_leads_back_to_itself():
     graph = {name: imports(name) for name in MODULES}
     while free := [name for name, targets in graph.items() if not targets]:

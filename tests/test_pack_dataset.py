@@ -20,11 +20,12 @@ from helpers_unit import ALONE, CPU, configured, handle, noise, small_data_confi
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-import tools.packing
+import tools.datasets.packing
 from data.build import build_eval_data, build_train_data
 from data.datasets import FolderSource, open_split
 from data.tar import TarSource
-from tools.packing import Sample, ahead, plan, write
+from tools.datasets.ahead import ahead
+from tools.datasets.packing import Sample, plan, write
 from utils.dist import World
 from utils.errors import UserError
 
@@ -496,7 +497,7 @@ def class_of_one_split(folder):
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("spoil", [dangling, empty, pipe, loop, class_without_images, class_of_one_split])
 def test_a_folder_that_cannot_be_packed_is_refused_before_anything_is_written(call, root, monkeypatch, spoil, split):
-    monkeypatch.setattr(tools.packing, "write", None)
+    monkeypatch.setattr(tools.datasets.packing, "write", None)
     said = spoil(root / split)
     result = call(PROGRAM, "--data-path", root, "--output", root.parent / "P")
     assert (result.code, result.stderr.count("\n")) == (2, 1)
@@ -510,7 +511,7 @@ def test_all_files_that_cannot_be_packed_are_counted(call, root):
     assert "7 file(s) cannot be packed" in result.errors[0] and "and 2 more" in result.errors[0]
 
 
-@pytest.mark.parametrize("form", tools.packing.FORMS)
+@pytest.mark.parametrize("form", tools.datasets.packing.FORMS)
 def test_as_much_space_as_the_files_take_is_asked_for_before_anything_is_written(call, pack, odd, monkeypatch, form):
     flags, free = ("--form", form, "--shard-size", "6K"), [2**40]
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=free[0]))
@@ -528,7 +529,7 @@ def test_as_much_space_as_the_files_take_is_asked_for_before_anything_is_written
     [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), (OSError(28, "No space left on device"), 2)],
     ids=["SIGTERM", "SIGHUP", "SIGINT", "full disk"],
 )
-@pytest.mark.parametrize("form", tools.packing.FORMS)
+@pytest.mark.parametrize("form", tools.datasets.packing.FORMS)
 def test_nothing_is_left_of_packing_that_is_ended(call, root, monkeypatch, request, form, end, code):
     handlers = {
         signal.SIGINT: signal.default_int_handler,
@@ -551,7 +552,7 @@ def test_nothing_is_left_of_packing_that_is_ended(call, root, monkeypatch, reque
             os.kill(os.getpid(), number)
         remove(folder, **settings)
 
-    monkeypatch.setattr(tools.packing, "_content", give)
+    monkeypatch.setattr(tools.datasets.packing, "_content", give)
     monkeypatch.setattr(shutil, "rmtree", remove_while_signalled)
     result = call(PROGRAM, "--data-path", root, "--output", root.parent / "P", "--form", form)
     assert (result.code, result.stderr.count("\n")) == (code, int(code == 2))
@@ -561,9 +562,9 @@ def test_nothing_is_left_of_packing_that_is_ended(call, root, monkeypatch, reque
 
 def test_packing_goes_on_where_signals_are_to_be_ignored(pack, root, monkeypatch, request):
     handle(request, {signal.SIGHUP: signal.SIG_IGN})
-    content = tools.packing._content
+    content = tools.datasets.packing._content
     monkeypatch.setattr(
-        tools.packing, "_content", lambda *given: os.kill(os.getpid(), signal.SIGHUP) or content(*given)
+        tools.datasets.packing, "_content", lambda *given: os.kill(os.getpid(), signal.SIGHUP) or content(*given)
     )
     assert samples_of_tar(pack(root)) == samples_of_folder(root / "train")
 
@@ -572,7 +573,7 @@ def test_space_is_asked_for_only_where_it_is_missing(call, root, monkeypatch):
     def fail(*_given):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(tools.packing, "_content", fail)
+    monkeypatch.setattr(tools.datasets.packing, "_content", fail)
     result = call(PROGRAM, "--data-path", root, "--output", root.parent / "P")
     assert "cannot be written ([Errno 5] Input/output error): choose another place" in result.errors[0]
 
@@ -589,7 +590,7 @@ def test_an_empty_folder_may_be_the_output(pack, root):
     assert samples_of_tar(pack(root)) == samples_of_folder(root / "train")
 
 
-@pytest.mark.parametrize("form", tools.packing.FORMS)
+@pytest.mark.parametrize("form", tools.datasets.packing.FORMS)
 def test_what_reads_back_otherwise_is_not_kept(call, root, monkeypatch, form):
     sync = os.fsync
 

@@ -17,7 +17,7 @@ from data.finish import Normalize
 from data.transforms import eval_transform
 from models.build import build_model
 from tools.predict import predict
-from tools.predictions import Guess, Prediction, draw_sheet
+from tools.runs.predictions import Guess, Prediction, draw_sheet
 from utils import checkpoint
 from utils.errors import UserError
 from utils.precision import Precision

@@ -10,10 +10,10 @@ from numpy.random import default_rng
 from PIL import Image
 from pycocotools.coco import COCO
 
-import tools.scenes
+import tools.datasets.scenes
+from tools.datasets.scenes import CLASSES, SIZE, Digits, compose
+from tools.datasets.scenes_picture import draw_scenes
 from tools.prepare_digits import load_splits, write_all_scenes
-from tools.scenes import CLASSES, SIZE, Digits, compose
-from tools.scenes_picture import draw_scenes
 from utils.cli import run
 from utils.errors import UserError
 
@@ -123,7 +123,7 @@ def test_scenes_hold_none_to_a_few_digits_of_all_kinds_and_of_many_sizes():
 
 def test_most_of_every_digit_is_seen_though_some_overlap(monkeypatch):
     wholes = []
-    place = tools.scenes._place
+    place = tools.datasets.scenes._place
 
     def placed(*arguments):
         layer = place(*arguments)
@@ -132,7 +132,7 @@ def test_most_of_every_digit_is_seen_though_some_overlap(monkeypatch):
             wholes.append((ink > 0.5).sum())
         return layer
 
-    monkeypatch.setattr(tools.scenes, "_place", placed)
+    monkeypatch.setattr(tools.datasets.scenes, "_place", placed)
     seen = [digit.mask.sum() for scene in composed(40) for digit in scene.digits]
     shares = np.divide(seen, wholes)
     assert shares.min() >= 0.9 and 0 < (shares < 1).mean() < 0.5
@@ -141,7 +141,7 @@ def test_most_of_every_digit_is_seen_though_some_overlap(monkeypatch):
 def stamps():
     """One scan, stamped forty times."""
     images, _, _ = load_splits()
-    return [tools.scenes._stamp(images[0], default_rng(seed)) for seed in range(40)]
+    return [tools.datasets.scenes._stamp(images[0], default_rng(seed)) for seed in range(40)]
 
 
 def test_ink_is_darker_where_the_scans_is_faint():
@@ -150,7 +150,7 @@ def test_ink_is_darker_where_the_scans_is_faint():
 
 
 def test_digits_lean_to_both_sides(monkeypatch):
-    monkeypatch.setattr(tools.scenes, "_TURN", 0.0)
+    monkeypatch.setattr(tools.datasets.scenes, "_TURN", 0.0)
     leans = []
     for ink, _ in stamps():
         upper, lower = np.array_split(ink, 2)
@@ -220,7 +220,7 @@ def test_nothing_is_left_where_writing_fails(monkeypatch, tmp_path):
     def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(tools.scenes.Path, "hardlink_to", full)
+    monkeypatch.setattr(tools.datasets.scenes.Path, "hardlink_to", full)
     with pytest.raises(UserError, match="disk full"):
         write_all_scenes(tmp_path / "d", COUNTS)
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.model_selection import StratifiedKFold
 
-from tools.splitting import deal, join
+from tools.datasets.splitting import deal, join
 from utils.errors import UserError
 
 PROGRAM = "tools/split_dataset.py"

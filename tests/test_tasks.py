@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 
 from detection.config import default_config as detection
 from segmentation.config import default_config as segmentation
-from tools.averaging import look_at
+from tools.runs.averaging import look_at
 from utils import checkpoint
 from utils.config import default_config as classification
 from utils.config import load_config, merge_options

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data.build import build_eval_data
 from models.build import load_weights
-from tools.averaging import greedy, look, uniform
+from tools.runs.averaging import greedy, look, uniform
 from utils import checkpoint
 from utils.cli import Parser, add_weights_choice, at_least, check_new, run
 from utils.dist import World, choose_device

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 from yacs.config import CfgNode
 
-from tools.comparing import Curves, draw_comparison
+from tools.runs.comparing import Curves, draw_comparison
 from utils.checkpoint import write_text
 from utils.cli import Parser, check_report, run
 from utils.config import flatten

@@ -31,18 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
 from data.datasets import FolderSource, check_same_classes
-from tools.appearing import appearing_whole, check_free
-from tools.packing import (
-    FORMS,
-    Sample,
-    Shard,
-    ahead,
-    names_and_targets,
-    plan,
-    read_back,
-    write,
-    write_info,
-)
+from tools.datasets.ahead import ahead
+from tools.datasets.appearing import appearing_whole, check_free
+from tools.datasets.packing import FORMS, Sample, Shard, names_and_targets, plan, read_back, write, write_info
 from utils.cli import Parser, run
 from utils.errors import UserError, listing
 from utils.seeding import number_for

@@ -34,7 +34,7 @@ from data.files import FileSource, find_images, spread
 from data.finish import Normalize
 from data.transforms import eval_transform
 from models.fuse import fuse
-from tools.predictions import Prediction, as_json, draw_sheet, name_classes, write_csv
+from tools.runs.predictions import Prediction, as_json, draw_sheet, name_classes, write_csv
 from utils.checkpoint import write_json
 from utils.cli import Parser, at_least, check_report, run
 from utils.console import say

@@ -76,8 +76,8 @@ def write_all_scenes(root: Path, counts: dict[str, int]) -> dict[str, int]:
     Raises:
         UserError: If the folder holds something else, or cannot be written.
     """
-    from tools.appearing import appearing_whole
-    from tools.scenes import Digits, write_scenes
+    from tools.datasets.appearing import appearing_whole
+    from tools.datasets.scenes import Digits, write_scenes
 
     if root.exists() and (not root.is_dir() or {path.name for path in root.iterdir()} - _SCENE_FOLDERS):
         raise UserError(f"{root} holds something else than scenes: name another folder")
@@ -100,7 +100,7 @@ def main() -> None:
         digits = write_all_scenes(root, _SCENES)
         print(f"{root}: " + ", ".join(f"{_SCENES[split]} {split} scenes of {digits[split]} digits" for split in digits))
         if arguments.png:
-            from tools.scenes_picture import draw_scenes
+            from tools.datasets.scenes_picture import draw_scenes
 
             draw_scenes(root, arguments.png)
     else:

@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from data.datasets import FolderSource
 from data.files import endings, files_below
-from tools.appearing import appearing_whole, check_free
-from tools.packing import ahead
-from tools.splitting import deal, join
+from tools.datasets.ahead import ahead
+from tools.datasets.appearing import appearing_whole, check_free
+from tools.datasets.splitting import deal, join
 from utils.cli import Parser, at_least, run
 from utils.errors import UserError, listing
 

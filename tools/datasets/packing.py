@@ -6,23 +6,19 @@ Files come out equal, byte for byte, whenever the same images are packed: their 
 import json
 import os
 import tarfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, groupby
 from pathlib import Path, PurePath
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 from zlib import crc32
 
 from data.tar import INDEX, TarSource, file_names, write_index
+from tools.datasets.ahead import ahead
 from utils.errors import UserError
 
 FORMS = ("tar", "wds")
 _END = bytes(2 * tarfile.BLOCKSIZE)
-_READERS = 16  # threads: a slow file system answers many questions in little more time than one
-_AHEAD = 256  # files in memory at most
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
 NameAndTarget = tuple[str, int]  # (path of the file and name in it, class number)
 
 
@@ -137,21 +133,6 @@ def write_info(folder: Path, classes: list[str], splits: dict[str, list[Shard]])
         for split, shards in splits.items()
     }
     (folder / "_info.json").write_text(json.dumps({"splits": info, "classes": classes}, indent=1) + "\n")
-
-
-def ahead(do: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """What a function gives for each item, in order, from threads that work some items ahead."""
-    pool = ThreadPoolExecutor(_READERS)
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(do, item))
-            if len(waiting) == _AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an error nobody takes what is queued
 
 
 def _content(source: Path, sample: Sample) -> bytes:

@@ -1,0 +1,1 @@
+"""What pack_dataset, split_dataset and prepare_digits are made of."""

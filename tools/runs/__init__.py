@@ -1,0 +1,1 @@
+"""What becomes of trained runs: curves side by side, averages of weights, predictions."""
