@@ -1,7 +1,6 @@
 """What `test.py --report` writes: scores class by class, confusion, calibration and mistakes, and a page of it all."""
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from utils.checkpoint import write_json
 from utils.errors import UserError, reason
 from utils.reporting.calibration import calibrate
 from utils.reporting.charts import draw_confusion, draw_reliability
@@ -85,7 +85,7 @@ def write_report(
         [pictures.name(index) for index in range(len(outcomes.targets))] if pictures else None,
     )
     with replacing(folder) as new:
-        (new / SCORE).write_text(json.dumps(found.score, indent=2) + "\n")
+        write_json(new / SCORE, found.score)
         _write_classes(new / CLASSES, found, classes, labels)
         _write_confusions(new / CONFUSIONS, found, classes)
         _write_calibration(new / CALIBRATION, found)
