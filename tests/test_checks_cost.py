@@ -13,7 +13,7 @@ def measure(call, tiny_config):
 
     def run(rounds):
         words = ("--cfg", tiny_config, "--batch-size", 2, "--device", "cpu", "--rounds", rounds)
-        return call("tools/checks_cost.py", *words)
+        return call("tools/checks_cost.py", *words, "--accumulation-steps", 2)
 
     return run
 

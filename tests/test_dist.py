@@ -159,6 +159,7 @@ def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch, name):
 def test_a_gpu_computes_float32_in_full(monkeypatch):
     pretend_gpus(monkeypatch, 1)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as an environment variable of NVIDIA's containers has it
     choose_device("auto", 0, 1)
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32

@@ -66,7 +66,9 @@ def test_a_compiled_network_learns_with_checkpointing(tree):
 
 def test_all_gpus_train_together_with_synchronised_norms(tree):
     ranks = torch.cuda.device_count()
-    lines = train(tree, ranks, "--batch-size", "4" if ranks > 1 else "8")
+    batch_size = 4 if ranks > 1 else 8
+    epochs = 3 * ranks * batch_size // 8  # updates as many as of one GPU
+    lines = train(tree, ranks, "--batch-size", str(batch_size), "--opts", "TRAIN.EPOCHS", str(epochs))
     assert lines[-1]["acc1"] == 100
 
 

@@ -27,6 +27,7 @@ from models.build import build_model
 from utils import checkpoint, engine
 from utils.classification import classification
 from utils.cli import at_least, config_from, make_parser, run
+from utils.config import accumulation_steps
 from utils.dist import join_world
 from utils.engine import Training, Watch, train_one_epoch
 from utils.precision import choose_precision
@@ -47,9 +48,8 @@ def main() -> None:
     with join_world(config.DEVICE, config.RANK_TIMEOUT) as world:
         precision = choose_precision(config, world.device)
         network = build_model(config, _CLASSES)
-        training = build_training(
-            config, world, precision, classification(), network, steps_per_epoch=2 * arguments.rounds + 2
-        )
+        steps = (2 * arguments.rounds + 2) * accumulation_steps(config)
+        training = build_training(config, world, precision, classification(), network, steps)
         shape = (config.DATA.BATCH_SIZE, config.MODEL.GMA.IN_DIM, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
         with_checks, without = time_updates(training, shape)
         cost = [100 * (checked / bare - 1) for checked, bare in zip(with_checks, without, strict=True)]

@@ -44,7 +44,7 @@ class World:
 
 
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """The device of a process; a GPU computes fp32 in full from then on, in convolutions too, which else were TF32.
+    """The device of a process; a GPU computes fp32 in full from then on, where convolutions at least would be TF32.
 
     Args:
         name: 'auto' (a GPU where there is one), 'cpu' or 'cuda'.
@@ -64,6 +64,7 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
             "start at most one a GPU (--nproc_per_node), or use --device cpu"
         )
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False  # as torch has it unless TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set
     return torch.device("cuda", local_rank)
 
 
@@ -158,7 +159,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Gives every rank rank 0's buffers: outside SyncBatchNorm each rank keeps running statistics of its own."""
+    """Gives every rank rank 0's buffers: outside SyncBatchNorm running statistics took in its own last images."""
     if torch_dist.is_initialized():
         for buffer in module.buffers():
             torch_dist.broadcast(buffer, src=0)

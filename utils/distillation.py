@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from utils import checkpoint
 from utils.errors import UserError, reason
-from utils.precision import Precision
+from utils.precision import Precision, memory_format
 from utils.trained import load_trained
 
 _log = logging.getLogger(__name__)
@@ -110,7 +110,8 @@ def build_teacher(
     parameters = sum(parameter.numel() for parameter in network.parameters())
     mixing = f", after {type(mix).__name__}" if mix else ""
     _log.info(f"teacher {name}: {parameters:,} parameters{mixing}")
-    return Teacher(network.to(device), mix, precision, scale.float().to(device), shift.float().to(device))
+    network.to(device, memory_format=memory_format(config))
+    return Teacher(network, mix, precision, scale.float().to(device), shift.float().to(device))
 
 
 def check_teacher(config: CfgNode, classes: list[str] | None) -> None:
