@@ -62,6 +62,16 @@ def test_counts_stay_whole_and_percentages_are_taken_of_them():
     assert all(type(count) is int for count in (scored(torch.eye(2), torch.tensor([0, 1])).correct1, score.images))
 
 
+def test_small_losses_count_beside_a_large_sum():
+    sums = ScoreSums(CPU)
+    sums.add(torch.tensor([[2.0**25, 0.0]]), torch.tensor([1]))
+    for _ in range(8):
+        sums.add(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
+    loss = sums.total().loss
+    assert type(loss) is float
+    assert 9 * loss - 2.0**25 == pytest.approx(8 * (1 + math.log1p(math.exp(-1))), rel=1e-6)
+
+
 def test_no_image_is_a_score_of_none():
     total = ScoreSums(CPU).total()
     assert (total.images, total.correct1, total.correct5, total.loss) == (0, 0, 0, 0.0)
