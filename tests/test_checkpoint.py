@@ -276,6 +276,17 @@ def test_any_file_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     assert path.read_text() == "text"
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["over another", "the first"])
+def test_text_is_on_disk_before_it_takes_its_place(tmp_path, monkeypatch, before):
+    path = tmp_path / "x.txt"
+    if before:
+        path.write_text("old")
+    seen = recorded(monkeypatch)
+    checkpoint.write_text(path, "text")
+    assert seen == [("flushed", tmp_path / "x.txt.tmp"), ("moved", path), ("flushed", tmp_path)]
+    assert path.read_text() == "text"
+
+
 def test_nothing_is_left_of_a_file_whose_writing_was_interrupted(tmp_path):
     def write(beside):
         beside.write_text("half")
