@@ -269,6 +269,14 @@ def test_a_run_that_goes_back_again_keeps_what_it_kept_before(three_epochs):
     assert kept == [first, b"second", b"third"]
 
 
+def test_a_best_epoch_of_which_best_pth_alone_is_left_is_not_forgotten(three_epochs):
+    found = found_in(three_epochs, "last.pth")
+    found.state["best"] = best_of(0)
+    (three_epochs / "ckpt_epoch_1.pth").replace(three_epochs / "best.pth")  # as where others were kept since
+    assert go_back(found, three_epochs) == best_of(0)
+    assert checkpoint.load(three_epochs / "best.pth")["best"] == best_of(0)
+
+
 def test_a_best_epoch_whose_weights_are_gone_is_forgotten(three_epochs):
     found = found_in(three_epochs, "ckpt_epoch_2.pth")
     found.state["best"] = best_of(0)
