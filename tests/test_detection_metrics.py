@@ -51,6 +51,14 @@ def test_one_of_two_objects_found_gives_precision_1_up_to_half_the_recall():
     assert reached.images == 1 and math.isnan(reached.loss)
 
 
+@pytest.mark.parametrize(("size", "name"), [(20, "small"), (50, "medium"), (98, "large")])
+def test_an_object_counts_among_those_of_its_size(size, name):
+    reached = score(truth([0, 0, size, size]), found((0.9, [0, 0, size, size])), 1, with_masks=False)
+    sizes = {each: getattr(reached, f"box_ap_{each}") for each in ("small", "medium", "large")}
+    assert sizes.pop(name) == pytest.approx(100)
+    assert all(map(math.isnan, sizes.values()))
+
+
 def test_a_surer_miss_halves_the_precision():
     coco = truth([10, 10, 20, 20])
     assert ap(coco, found((0.9, [10, 60, 20, 20]), (0.8, [10, 10, 20, 20]))) == pytest.approx(50)
