@@ -53,7 +53,8 @@ def test_scores_are_those_of_sets_of_pixels_over_all_batches(seed, classes):
 def test_classes_that_neither_occur_nor_are_predicted_count_nowhere():
     score = SegmentationScore(1, 0.0, [[3, 1, 0], [0, 4, 0], [0, 0, 0]])
     assert score.iou_of_classes[:2] == [75, 80]
-    assert math.isnan(score.iou_of_classes[2])
+    assert score.acc_of_classes[:2] == [75, 100]
+    assert math.isnan(score.iou_of_classes[2]) and math.isnan(score.acc_of_classes[2])
     assert score.miou == 77.5
     assert score.macc == 87.5
     assert score.aacc == 87.5
@@ -63,6 +64,24 @@ def test_a_predicted_class_that_does_not_occur_lowers_the_mean_iou_but_not_the_m
     score = SegmentationScore(1, 0.0, [[3, 0, 1], [0, 4, 0], [0, 0, 0]])
     assert score.miou == pytest.approx((75 + 100 + 0) / 3)
     assert score.macc == 87.5
+
+
+def test_the_last_of_many_classes_is_counted_where_it_belongs():
+    sums = SegmentationSums(255, CPU)
+    targets = torch.tensor([[[254, 254, IGNORE]]], dtype=torch.uint8)
+    sums.add(torch.nn.functional.one_hot(torch.tensor([[[254, 200, 0]]]), 255).permute(0, 3, 1, 2).float(), targets)
+    confusion = torch.tensor(sums.total().confusion)
+    assert {tuple(place): confusion[tuple(place)].item() for place in confusion.nonzero().tolist()} == {
+        (254, 254): 1, (254, 200): 1,
+    }  # fmt: skip
+
+
+def test_scores_of_more_pixels_than_single_precision_counts_are_exact():
+    score = SegmentationScore(1, 0.0, [[2**30, 1], [0, 1]])
+    wanted = [100 * 2**30 / (2**30 + 1), 50]
+    assert score.iou_of_classes == pytest.approx(wanted, rel=1e-13)
+    assert score.acc_of_classes == pytest.approx([wanted[0], 100], rel=1e-13)
+    assert score.aacc == pytest.approx(100 * (2**30 + 1) / (2**30 + 2), rel=1e-13)
 
 
 def test_a_set_without_a_label_scores_nothing():
@@ -78,7 +97,9 @@ def test_the_loss_is_torchs_mean_over_the_labelled_pixels():
     assert SegmentationLoss(0.4)(logits, targets) == pytest.approx(wanted.item(), rel=1e-6)
     sums = SegmentationSums(4, CPU)
     sums.add(logits, targets)
-    assert sums.total().loss == pytest.approx(wanted.item(), rel=1e-6)
+    score = sums.total()
+    assert score.loss == pytest.approx(wanted.item(), rel=1e-6)
+    assert (type(score.loss), type(score.images)) == (float, int)
 
 
 def test_the_gradient_is_torchs():
