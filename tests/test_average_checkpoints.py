@@ -161,6 +161,9 @@ def test_published_weights_are_averaged_with_ours_and_without_a_configuration(av
     mixed, _ = average(tmp_path / "published.pth", *save(states[1]))
     assert equal(mixed["model"], soup["model"])
     assert mixed["config"] == states[1]["config"] and mixed["classes"] == CLASSES
+    turned, _ = average(*save(states[1]), tmp_path / "published.pth")
+    assert equal(turned["model"], literal_mean([states[1]["model"], states[0]["model"]]))
+    assert turned["config"] == states[1]["config"] and turned["classes"] == CLASSES
 
 
 def test_configuration_given_takes_the_place_of_the_checkpoints(average, save, states, config, tmp_path):
@@ -299,6 +302,11 @@ def test_values_that_are_no_numbers_are_named(refused, save, states):
     weights = {**states[1]["model"], "head.fc.bias": torch.tensor([0.0, math.nan, 0.0])}
     error = refused(*save(states[0], {**states[1], "model": weights}))
     assert "1.pth" in error and "head.fc.bias" in error
+
+
+def test_values_that_are_no_tensors_are_named(refused, save, states):
+    weights = {**states[1]["model"], "epoch": 7}
+    assert "1.pth holds no weights under epoch" in refused(*save(states[0], {**states[1], "model": weights}))
 
 
 def test_other_classes_are_named(refused, save, states):
