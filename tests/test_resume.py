@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from utils.resume import (
     find_state,
     fit_to_ranks,
     go_back,
+    lies_in,
     restore,
     state_of,
     steps_of_epoch,
@@ -137,7 +139,7 @@ def test_the_newest_checkpoint_of_the_folder_is_gone_on_from(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
     found = find_state(config_with(), tmp_path, ALONE)
-    assert found.path == tmp_path / "last.pth"
+    assert (found.path, found.is_named) == (tmp_path / "last.pth", False)
     assert found.state["progress"]["epoch"] == 2
 
 
@@ -145,7 +147,16 @@ def test_a_checkpoint_of_the_folder_that_is_named_comes_before_the_newest(tmp_pa
     named = save(tmp_path, 1)
     save(tmp_path, 2)
     found = find_state(config_with(MODEL__RESUME=str(named)), tmp_path, ALONE)
-    assert (found.path, found.state["progress"]["epoch"]) == (named, 1)
+    assert (found.path, found.is_named, found.state["progress"]["epoch"]) == (named, True, 1)
+
+
+def test_a_checkpoint_lies_in_its_folder_by_whatever_name_that_goes(tmp_path, monkeypatch):
+    (tmp_path / "run" / "older").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("run"), tmp_path / "run", Path("link"), Path("run/older/..")):
+        assert lies_in(folder, Path("run/last.pth")) and lies_in(tmp_path / "run", folder / "last.pth")
+        assert not lies_in(folder, Path("run/older/last.pth")) and not lies_in(folder, Path("last.pth"))
 
 
 @pytest.mark.parametrize("auto_resume", [True, False])
