@@ -23,6 +23,7 @@ from utils.resume import (
     go_back,
     lies_in,
     restore,
+    start_from_pretrained,
     state_of,
     steps_of_epoch,
     without_permissions,
@@ -314,6 +315,31 @@ def test_a_damaged_last_pth_is_put_back_by_the_run_that_goes_on_from_the_one_bef
     spoil(three_epochs / "last.pth")
     go_back(Found(*checkpoint.newest(three_epochs)), three_epochs)
     assert checkpoint.load(three_epochs / "last.pth")["progress"]["epoch"] == 3
+
+
+# Weights to start from
+
+
+@pytest.mark.parametrize(
+    ("classes", "of_loading", "said"),
+    [
+        (["a", "b"], [], []),
+        (None, [], []),
+        (["a", "c"], [], ["{} has as many classes but others (1: b -> c): the head starts from theirs, by number"]),
+        (["a", "b", "c"], ["the head starts afresh"], ["the head starts afresh"]),
+    ],
+)
+def test_what_of_pretrained_weights_does_not_fit_is_said_once(tmp_path, caplog, classes, of_loading, said):
+    path, given = save(tmp_path), []
+    config = config_with(MODEL__PRETRAINED=str(path))
+    start_from_pretrained(config, None, classes, lambda *arguments: given.append(arguments) or of_loading)
+    assert caplog.messages == [sentence.format(path) for sentence in said]
+    ((_, weights, source),) = given
+    assert equal(weights, checkpoint.load(path)["ema"]) and source == str(path)  # its best epoch was chosen by that
+
+
+def test_without_pretrained_weights_none_are_loaded():
+    start_from_pretrained(config_with(), None, None, lambda *arguments: pytest.fail("loads"))
 
 
 # The same run
