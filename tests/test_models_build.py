@@ -1,6 +1,7 @@
 """Configuration -> network, and weights loaded strictly."""
 
 import math
+import re
 from functools import partial
 
 import pytest
@@ -127,6 +128,11 @@ class TestLoadWeights:
             load_weights(small_model(), form(state), "weights.pth")
         for words in (QKV, "[120, 41]", "[120, 40]", "weights.pth"):
             assert words in str(caught.value)
+
+    def test_what_is_no_tensor_is_named(self, form):
+        state = {**filled_state(), QKV_PUBLISHED: [0.5], "epoch": 299}
+        with pytest.raises(UserError, match=rf"weights\.pth holds no weights under {re.escape(QKV)}, epoch: "):
+            load_weights(small_model(), form(state), "weights.pth")
 
     def test_all_that_is_wrong_is_told_at_once_and_in_one_line(self):
         state = {**filled_state(), "neck.weight": torch.zeros(3), QKV_PUBLISHED: torch.zeros(1)}
