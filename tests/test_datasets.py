@@ -46,6 +46,7 @@ from data.datasets import (
     map_classes,
     open_split,
 )
+from data.files import walk
 from data.transforms import train_transform
 from utils.dist import World
 from utils.errors import BrokenDataError, UserError
@@ -84,7 +85,12 @@ def test_images_in_subfolders_belong_to_the_class_above(tmp_path):
     assert [source.read(index)[1] for index in range(len(source))] == [0, 1, 1]
 
 
-def test_images_come_in_torchvisions_order(tmp_path):
+@pytest.mark.parametrize("turned", [False, True])
+def test_images_come_in_torchvisions_order_whatever_that_of_the_disk_is(tmp_path, monkeypatch, turned):
+    def listed(root):
+        return ((folder, sorted(names, reverse=turned)) for folder, names in sorted(walk(root), reverse=turned))
+
+    monkeypatch.setattr("data.datasets.walk", listed)
     write_folder(tmp_path, {"b": 2, "B": 1, "a b/more": 2, "a": 1, "a/z": 1, "a-/y": 1, "a/Z": 1})
     (tmp_path / "linked").symlink_to(tmp_path / "a")
     (tmp_path / "a" / "A.JPEG").touch()
