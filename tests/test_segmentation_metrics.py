@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from segmentation.labels import IGNORE
 from segmentation.loss import SegmentationLoss, summed_cross_entropy
 from segmentation.metrics import SegmentationScore, SegmentationSums
+from utils.metrics import describe
 
 
 def answers(seed, images=2, classes=4, size=(5, 6), ignored=0.2):
@@ -58,6 +59,7 @@ def test_classes_that_neither_occur_nor_are_predicted_count_nowhere():
     assert score.miou == 77.5
     assert score.macc == 87.5
     assert score.aacc == 87.5
+    assert describe(score) == "mIoU 77.500 mAcc 87.500 aAcc 87.500"
 
 
 def test_a_predicted_class_that_does_not_occur_lowers_the_mean_iou_but_not_the_mean_accuracy():
@@ -71,6 +73,7 @@ def test_the_last_of_many_classes_is_counted_where_it_belongs():
     targets = torch.tensor([[[254, 254, IGNORE]]], dtype=torch.uint8)
     sums.add(torch.nn.functional.one_hot(torch.tensor([[[254, 200, 0]]]), 255).permute(0, 3, 1, 2).float(), targets)
     confusion = torch.tensor(sums.total().confusion)
+    assert confusion.dtype == torch.int64  # whole numbers, which stay exact
     assert {tuple(place): confusion[tuple(place)].item() for place in confusion.nonzero().tolist()} == {
         (254, 254): 1, (254, 200): 1,
     }  # fmt: skip
@@ -100,6 +103,13 @@ def test_the_loss_is_torchs_mean_over_the_labelled_pixels():
     score = sums.total()
     assert score.loss == pytest.approx(wanted.item(), rel=1e-6)
     assert (type(score.loss), type(score.images)) == (float, int)
+
+
+def test_small_losses_count_beside_a_large_sum():
+    sums = SegmentationSums(2, CPU)
+    for logit in [2.0**25, *[1.0] * 8]:
+        sums.add(torch.tensor([logit, 0.0]).reshape(1, 2, 1, 1), torch.ones(1, 1, 1, dtype=torch.uint8))
+    assert 9 * sums.total().loss - 2.0**25 == pytest.approx(8 * (1 + math.log1p(math.exp(-1))), rel=1e-6)
 
 
 def test_the_gradient_is_torchs():
