@@ -15,6 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from detection.coco import as_coco, encode_mask, read_coco, silence
 from detection.metrics import BoxScore, DetectionSums, MaskScore, score
 from utils.dist import join_world
+from utils.metrics import describe
 
 NAMES = list(CATEGORIES.values())
 
@@ -84,6 +85,12 @@ def test_an_object_found_twice_is_right_once():
     assert ap(coco, found(*rows)) == pytest.approx(100 * (51 + 50 * 2 / 3) / 101)
 
 
+def test_more_than_ten_objects_of_an_image_count():
+    boxes = [[20 * (number % 5), 20 * (number // 5), 15, 15] for number in range(20)]
+    reached = score(truth(*boxes), found(*((0.9, box) for box in boxes)), 1, with_masks=False)
+    assert reached.box_ar == reached.box_ap_of_classes[1] == pytest.approx(100)
+
+
 def test_a_masks_size_is_its_own_and_not_its_boxs():
     square, frame = np.zeros((100, 100), np.uint8), np.zeros((100, 100), np.uint8)
     square[10:20, 10:20] = 1
@@ -95,6 +102,9 @@ def test_a_masks_size_is_its_own_and_not_its_boxs():
     results = [{**wrong, "segmentation": encode_mask(frame)}, {**right, "segmentation": encode_mask(square)}]
     reached = score(coco, results, 1, with_masks=True)
     assert reached.mask_ap_small == pytest.approx(50) and reached.box_ap_small == pytest.approx(100)
+    boxes = "box AP 50.000 box AP50 50.000 box AP75 50.000"
+    assert describe(reached) == f"{boxes} mask AP 50.000 mask AP50 50.000 mask AP75 50.000"
+    assert describe(score(coco, results, 1, with_masks=False)) == boxes
 
 
 def test_nothing_found_scores_0_and_a_class_with_nothing_to_find_no_number():
