@@ -397,6 +397,16 @@ def test_a_stream_trains_as_many_steps_as_it_says(streamed):
     assert [len(targets) for _, targets in epoch_of(None, data=data)] == [4] * 6
 
 
+def test_a_streams_reader_is_told_how_many_processes_load_it(streamed, monkeypatch):
+    told = []  # timm's tell their length by it
+    monkeypatch.setattr(FakeReader, "set_loader_cfg", lambda self, num_workers: told.append(num_workers), raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
+    streamed.DATA.NUM_WORKERS = 3
+    build_train_data(streamed, ALONE)
+    build_eval_data(streamed, World(0, 4, CPU, local_size=4), None, 3)
+    assert told == [3, 2]
+
+
 def test_a_stream_names_no_samples(streamed):
     assert build_train_data(streamed, ALONE).names(0, range(3)) == ["samples of a stream, which has no names for them"]
 
@@ -442,6 +452,8 @@ def test_a_stream_is_scored_exactly_once(streamed, ranks, workers):
 def test_a_streams_classes_must_be_the_networks(streamed):
     with pytest.raises(UserError, match="the classes of the checkpoint and the data differ"):
         build_eval_data(streamed, ALONE, ["a", "c", "b"], 3)
+    with pytest.raises(UserError, match="only in training: d; only in validation: c"):
+        build_eval_data(streamed, ALONE, ["a", "b", "d"], 3)
 
 
 def test_a_stream_that_fills_no_batch_is_refused(streamed):
