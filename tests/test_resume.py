@@ -240,6 +240,19 @@ def test_weights_without_a_run_are_refused(tmp_path):
         find_state(config_with(MODEL__RESUME=str(tmp_path / "weights.pth")), tmp_path, ALONE)
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_ranks_that_read_different_files_by_one_name_do_not_start(tmp_path, monkeypatch, is_shared):
+    save(tmp_path)
+    path = tmp_path / "last.pth"
+    told = str(path), checkpoint.load(path)["checksum"] if is_shared else "another"
+    monkeypatch.setattr("utils.resume.gather_objects", lambda own: [told, own])
+    if is_shared:
+        assert find_state(config_with(), tmp_path, World(1, 2, CPU)).path == path
+    else:
+        with pytest.raises(UserError, match=r"ranks read different files as .*last\.pth: put --output where all"):
+            find_state(config_with(), tmp_path, World(1, 2, CPU))
+
+
 # Its folder
 
 
@@ -404,16 +417,22 @@ def test_all_settings_that_differ_are_told_at_once(tmp_path):
     [
         ("DATA.DATA_PATH", "/elsewhere"),
         ("DATA.NUM_WORKERS", 3),
+        ("DATA.PIN_MEMORY", False),
         ("DATA.ON_ERROR", "skip"),
+        ("DATA.MAX_BROKEN", 0.5),
         ("TRAIN.SAVE_UPDATES", 5),
+        ("TRAIN.SAVE_MINUTES", 5.0),
         ("TRAIN.ON_NONFINITE", "skip"),
+        ("TRAIN.MAX_LEFT_OUT", 9),
         ("TRAIN.ALLOW_CHANGES", True),
         ("TRAIN.ELASTIC", True),
         ("DEVICE", "cpu"),
         ("RANK_TIMEOUT", 60),
         ("OUTPUT", "elsewhere"),
         ("TAG", "moved"),
+        ("SAVE_FREQ", 2),
         ("KEEP", 9),
+        ("WANDB", "project"),
         ("PRINT_FREQ", 1),
     ],
 )
@@ -421,8 +440,18 @@ def test_where_things_lie_and_what_to_do_when_they_fail_may_change(tmp_path, cap
     save(tmp_path)
     config = config_with()
     set_key(config, key, value)
+    assert config != config_with()
     restore(find_state(config, tmp_path, ALONE).state, trained(), config)
     assert not caplog.records
+
+
+def test_a_run_that_is_named_takes_the_place_of_other_weights_to_start_from(tmp_path):
+    named = save(tmp_path)
+    config = config_with(MODEL__PRETRAINED="weights.pth")
+    with pytest.raises(UserError, match=r"MODEL\.PRETRAINED:  -> weights\.pth"):
+        find_state(config, tmp_path, ALONE)
+    config.MODEL.RESUME = str(named)
+    assert find_state(config, tmp_path, ALONE).path == named
 
 
 def test_moments_have_the_layout_of_their_parameters_whatever_the_checkpoints_was():
