@@ -420,6 +420,20 @@ def test_a_streams_epoch_that_is_gone_on_with_gives_the_same_rest(streamed, work
         assert same(epoch_of(None, epoch=3, data=data, first_batch=first), whole[first:])
 
 
+def test_two_processes_give_the_same_rest_of_a_streams_epoch_in_another_order(streamed, monkeypatch):
+    def batches(first):
+        found = epoch_of(None, epoch=3, data=data, first_batch=first)
+        return [(images.numpy().tobytes(), *targets.tolist()) for images, targets in found]
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1}, raising=False)
+    streamed.DATA.NUM_WORKERS = 2
+    data = build_train_data(streamed, ALONE)
+    whole = batches(0)
+    assert len(set(whole)) == 6
+    for first in range(1, 7):
+        assert sorted(batches(first)) == sorted(whole[first:])
+
+
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_a_streams_broken_images_are_replaced_where_asked_for(streamed, on_error):
     streamed.DATA.ON_ERROR = on_error
