@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -666,6 +667,16 @@ def test_a_report_averages_since_the_last_one():
     first = small_network()
     assert single[0].loss == pytest.approx(nn.functional.cross_entropy(first(data[0][0]), data[0][1]).item(), rel=1e-12)
     assert single[0].grad_norm == pytest.approx(gradient_norm(first, *data[0][:2]), rel=1e-9)
+
+
+@pytest.mark.parametrize("rates", [(0.1, 0.2), (0.2, 0.1)])
+def test_a_report_tells_the_largest_learning_rate(rates):
+    network = small_network()
+    groups = [{"params": [parameter], "lr": lr} for parameter, lr in zip(network.parameters(), rates, strict=False)]
+    unscheduled = SimpleNamespace(step_update=lambda update: None)
+    training = training_of(network, 1, optimizer=torch.optim.SGD(groups), scheduler=unscheduled)
+    (report,) = train(training, batches(1, 4))
+    assert report.lr == 0.2
 
 
 def test_a_report_measures_time_and_memory():
