@@ -22,7 +22,7 @@ deterministic = settings(derandomize=True, deadline=None, max_examples=12)
 
 
 def trained_model(seed: int = 0, **kwargs) -> GroupMixFormer:
-    """A float64 network whose norms have statistics and weights of their own."""
+    """A float64 network whose norms have statistics and weights of their own, and all that has a bias another one."""
     torch.manual_seed(seed)
     shape = {"embed_dims": (40, 80, 40, 40), "depths": (2, 1, 1, 1), "mlp_ratios": (1, 2, 1, 1), "num_classes": 5}
     model = GroupMixFormer(**{**shape, "drop_path_rate": 0.2, **kwargs}).double()
@@ -32,6 +32,7 @@ def trained_model(seed: int = 0, **kwargs) -> GroupMixFormer:
             nn.init.uniform_(module.running_var, 0.5, 2.0)
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)):
             nn.init.uniform_(module.weight, -1.5, 1.5)
+        if getattr(module, "bias", None) is not None:
             nn.init.normal_(module.bias)
     return model
 
