@@ -56,7 +56,7 @@ def test_one_of_two_objects_found_gives_precision_1_up_to_half_the_recall():
 def test_an_object_counts_among_those_of_its_size(size, name):
     reached = score(truth([0, 0, size, size]), found((0.9, [0, 0, size, size])), 1, with_masks=False)
     sizes = {each: getattr(reached, f"box_ap_{each}") for each in ("small", "medium", "large")}
-    assert sizes.pop(name) == pytest.approx(100)
+    assert [sizes.pop(name), reached.box_ap_of_classes[1], reached.box_ar] == pytest.approx([100, 100, 100])
     assert all(map(math.isnan, sizes.values()))
 
 
