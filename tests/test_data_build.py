@@ -466,7 +466,7 @@ def test_a_stream_is_scored_exactly_once(streamed, ranks, workers):
 def test_a_streams_classes_must_be_the_networks(streamed):
     with pytest.raises(UserError, match="the classes of the checkpoint and the data differ"):
         build_eval_data(streamed, ALONE, ["a", "c", "b"], 3)
-    with pytest.raises(UserError, match="only in training: d; only in validation: c"):
+    with pytest.raises(UserError, match="only in the checkpoint: d; only in the data: c"):
         build_eval_data(streamed, ALONE, ["a", "b", "d"], 3)
 
 
