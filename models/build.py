@@ -13,7 +13,7 @@ from models.groupmixformer import GroupMixFormer, checkpoint_filter_fn
 from utils.errors import UserError, listing
 
 _GREY, _RGB = 1, 3  # numbers of input channels that others can be adapted from
-_MOST_CODES = 32  # of one part: in training and recomputed, for each stage and size of batch
+_MOST_CODES = 32  # one part is compiled anew for each stage and size of batch, in training and recomputed
 _NOT_IN_BACKBONE = ("norm.", "head.")  # of a classifier's tensors
 _INPUT_CONV, _HEAD = "stem.conv1.weight", ("head.fc.weight", "head.fc.bias")
 
@@ -189,6 +189,8 @@ def compile_blocks(model: GroupMixFormer) -> None:
     dynamo = torch._dynamo.config
     dynamo.optimize_ddp = False  # for networks compiled whole: it cuts graphs where DDP's buckets end
     dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_CODES)
+    # It takes tokens [B, H, W, C] for images, and transposes them around layer norms and residuals on GPUs.
+    torch._inductor.config.layout_optimization = False
     for stage in model.stages:
         for block in stage.blocks:
             has_drop_path = not isinstance(block.drop_path1, nn.Identity)

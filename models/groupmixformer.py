@@ -62,6 +62,14 @@ def from_row(image: Tensor) -> Tensor:
     return to_tokens(image).reshape(B, H, W // 3, 3 * C)
 
 
+@torch.fx.wrap
+def as_products_take(x: Tensor) -> Tensor:
+    """Under autocast `x` in its type: cast once, where each of several products would cast, and keep, a copy."""
+    if torch.jit.is_scripting() or x.device.type == "meta":
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
 class SeparableConv(nn.Module):
     """Depthwise k x k convolution, pointwise convolution, norm, Hardswish: [B, C_in, H, W] -> [B, C_out, H', W']."""
 
@@ -148,7 +156,8 @@ class GroupAggregator(nn.Module):
         for i, proxy in enumerate(self.proxies):
             attended.append(proxy(segments[i + 1]))
         local = to_tokens(self.local(to_image(segments[-1])))
-        return torch.cat([segment.unflatten(-1, (3, -1)) for segment in attended], dim=-1), local
+        tokens = torch.cat([segment.unflatten(-1, (3, -1)) for segment in attended], dim=-1)
+        return tokens, local.to(tokens.dtype)  # of a layer norm, whose answer is float32 under autocast on GPUs
 
 
 class RelativePosition(nn.Module):
@@ -232,7 +241,7 @@ class GroupMixAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mixes tokens: [B, H, W, C] -> [B, H, W, C]."""
         B, H, W, _ = x.shape
-        tokens, local = self.aggregator(self.qkv(x))
+        tokens, local = self.aggregator(self.qkv(as_products_take(x)))
         q, k, v = tokens.unbind(3)
         heads = (B, H * W, self.num_heads, -1)
         context = self.scale * attention_context(k.reshape(heads), v.reshape(heads))

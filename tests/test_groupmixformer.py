@@ -600,6 +600,26 @@ class TestDevicesAndTypes:
         out.float().square().sum().backward()
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
+    def test_autocast_keeps_one_copy_of_the_tokens_for_all_segments(self):
+        x, saved = torch.randn(2, 8, 8, 40, requires_grad=True), []
+        with (
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+            ),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            GroupMixAttention(40)(x)
+        copies = [t for t in saved if t.numel() == x.numel() and torch.equal(t.reshape(x.shape), x.bfloat16())]
+        assert len({copy.untyped_storage().data_ptr() for copy in copies}) == 1
+
+    def test_a_local_branch_that_autocast_leaves_in_float32_does_not_make_all_tokens_so(self):
+        attention, types = GroupMixAttention(40), []
+        attention.aggregator.local.register_forward_hook(lambda module, inputs, output: output.float())
+        attention.proj.register_forward_pre_hook(lambda module, inputs: types.append(inputs[0].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            attention(torch.randn(2, 8, 8, 40))
+        assert types == [torch.bfloat16]
+
     @pytest.mark.parametrize("training", [False, True])
     def test_memory_format_does_not_change_the_answer(self, training):
         model, x = uneven_model().train(training), images(2, 33, 65).double()
