@@ -158,6 +158,12 @@ class TestForm:
         shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in fused.parameters()}
         assert not shared
 
+    def test_nothing_is_recomputed_in_it(self):
+        model = trained_model()
+        model.set_grad_checkpointing(True)
+        assert all(block.recompute for stage in model.stages for block in stage.blocks)
+        assert not any(block.recompute for stage in fuse(model).stages for block in stage.blocks)
+
     def test_it_can_be_saved_copied_and_scripted(self, tmp_path):
         fused, x = fuse(trained_model()), images(1, 32, 32).double()
         torch.jit.script(fused).save(tmp_path / "fused.pt")

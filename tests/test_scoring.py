@@ -197,6 +197,13 @@ def test_classes_in_another_order_are_matched_by_name(weights, report, tmp_path)
 
 
 @pytest.mark.slow
+def test_classes_that_are_matched_by_name_are_told_of_where_some_are_missing(weights, score, some_classes):
+    some = score("--resume", weights, data=some_classes("rows", lambda name: name.endswith("rows")))
+    assert "3 of the checkpoint's 6 classes are in the data; matched by name" in some.stdout
+    assert "matched by name" not in score("--resume", weights).stdout
+
+
+@pytest.mark.slow
 def test_unknown_classes_are_refused_by_name(weights, score, some_classes):
     data = some_classes("unknown", lambda name: True)
     (data / "val" / "green_rows").rename(data / "val" / "red_rows")

@@ -163,7 +163,7 @@ def _take_update(training: Training, batches: Iterator[Any], meter: Meter, watch
     else:
         _leave_out(training, votes, buffers, watch)
     training.scaler.update()
-    training.optimizer.zero_grad(set_to_none=True)
+    training.optimizer.zero_grad()
     return votes.signal, votes.failed
 
 
