@@ -8,7 +8,6 @@ decides.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 from unicodedata import normalize
@@ -237,8 +236,8 @@ class ImageStream(IterableDataset):
         world: This process among all.
         seed: The run's seed in training; None for evaluation.
         batch_size: Images of a batch, which an epoch that is gone on with is skipped ahead by.
-        replace: Whether the sample before takes a broken one's place: a reader gives each worker so many, and a place
-            that stayed empty would be missing in the end, and put a run gone on with off its place.
+        replace: Whether the sample before takes a broken one's place, or a blank image where that is broken, too. A
+            place that stayed empty would be missing in the end, and would put a run gone on with off its own.
     """
 
     def __init__(
@@ -271,28 +270,24 @@ class ImageStream(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         epoch, first_batch = self._start.tolist()
         passed = len(range(worker, first_batch, workers)) * self._batch_size  # workers give batches in turn
-        latest = None
+        first = passed - 1 if self._replace else passed  # the last that is passed over may take the next one's place
+        before = None
         for count, (image, target) in enumerate(self._raw()):
-            before, latest = latest, (image, target)
             if self._seed is not None:
-                if count < passed:
+                if count < first:
                     continue
                 seed_host(number_for(self._seed, "augment stream", epoch, self._world.rank, worker, count))
             elif count % self._world.size != self._world.rank:
                 continue
-            complaint = ""
+            found, complaint = None, ""
             try:
-                image = self._transform.decode(image)
+                found = self._transform.decode(image), int(target)
             except Exception as error:
                 complaint = f"an image of the stream is broken ({reason(error)})"
-                image, target = self._replacement(before) or (self._transform.decode(blank_image()), target)
-            yield self._transform.augment(image), int(target), complaint
-
-    def _replacement(self, before: tuple[Image.Image, int] | None) -> tuple[Image.Image, int] | None:
-        if self._replace and before:
-            with suppress(Exception):
-                return self._transform.decode(before[0]), before[1]
-        return None
+            given = found or (before if self._replace else None) or (self._transform.decode(blank_image()), int(target))
+            before = found
+            if count >= passed:
+                yield self._transform.augment(given[0]), given[1], complaint
 
     def _raw(self) -> Iterator[tuple[Image.Image, int]]:
         try:

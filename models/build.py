@@ -149,11 +149,11 @@ def load_around_backbone(
         sentences = load_pretrained(backbone, backbone_weights(state_dict), source)
         taken = f"of {source} the backbone is taken, without final norm and head: all else starts afresh"
         return [taken, *sentences]
-    others = {
-        name: fresh
-        for name, fresh in network.state_dict().items()
-        if name.startswith(of_classes) and getattr(state_dict.get(name), "shape", fresh.shape) != fresh.shape
-    }
+    others = {}
+    for name, fresh in network.state_dict().items():
+        given = getattr(state_dict.get(name), "shape", fresh.shape)
+        if name.startswith(of_classes) and given != fresh.shape and given[1:] == fresh.shape[1:]:
+            others[name] = fresh
     load_weights(network, {**state_dict, **others}, source)
     layers = sorted({name.rpartition(".")[0] for name in others})
     return [f"{source} is of other classes: all of it is taken but {listing(layers)}"] if layers else []
@@ -189,11 +189,11 @@ def compile_blocks(model: GroupMixFormer) -> None:
     dynamo = torch._dynamo.config
     dynamo.optimize_ddp = False  # for networks compiled whole: it cuts graphs where DDP's buckets end
     dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_CODES)
-    # It takes tokens [B, H, W, C] for images, and transposes them around layer norms and residuals on GPUs.
-    torch._inductor.config.layout_optimization = False
+    # Which takes tokens [B, H, W, C] for images, and on GPUs transposes them around layer norms and residuals.
+    options = {"layout_optimization": False}
     for stage in model.stages:
         for block in stage.blocks:
             has_drop_path = not isinstance(block.drop_path1, nn.Identity)
             is_synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in block.modules())
             for part in [block.cpe, block.attn, block.mlp] if has_drop_path or is_synchronised else [block]:
-                part.compile(dynamic=False)
+                part.compile(dynamic=False, options=options)

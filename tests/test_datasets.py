@@ -746,6 +746,38 @@ def test_a_stream_with_broken_images_goes_on_at_its_place(workers):
         assert batches_of(stream, workers, 1) == whole[first:], first
 
 
+class Files(FakeReader):
+    """Opens files of noise without decoding them; of three in a row, one is damaged within and two are cut off."""
+
+    def __iter__(self):
+        files = [encoded_noise(number) for number in range(6)]
+        damaged = bytearray(files[2])
+        damaged[len(damaged) // 2 :: 40] = bytes(len(damaged[len(damaged) // 2 :: 40]))
+        for number, file in enumerate([*files[:2], damaged, files[3][:-2000], files[4], files[5][:-2000]]):
+            yield Image.open(io.BytesIO(file)), number % 3
+
+
+def encoded_noise(number):
+    file = io.BytesIO()
+    noise(number, (400, 300)).save(file, "PNG" if number == 2 else "JPEG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("loading", ["exact", "fast"])
+def test_a_stream_of_files_with_broken_ones_goes_on_to_the_same_bits(loading):
+    aug = {"AUG__AUTO_AUGMENT": "none", "AUG__COLOR_JITTER": 0.0}
+    transform = train_transform(configured(DATA__LOADING=loading, DATA__IMG_SIZE=32, **aug))
+    stream = ImageStream(IterableImageDataset("", reader=Files(6)), transform, ALONE, 0, 1, replace=True)
+    whole = list(stream)
+    assert [bool(complaint) for _, _, complaint in whole] == [False, False, True, True, False, True]
+    assert [target for _, target, _ in whole] == [0, 1, 1, 0, 1, 1]
+    assert whole[3][0].float().std() == 0  # nothing of a broken image, also where the one before is broken, too
+    for first in range(1, 6):
+        stream.set_epoch(0, first)
+        for ours, wanted in zip(stream, whole[first:], strict=True):
+            assert torch.equal(ours[0], wanted[0]) and ours[1:] == wanted[1:], first
+
+
 def test_a_stream_that_cannot_be_read_on_is_an_error():
     class Torn(FakeReader):
         def __iter__(self):

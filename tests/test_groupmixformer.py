@@ -612,6 +612,12 @@ class TestDevicesAndTypes:
         copies = [t for t in saved if t.numel() == x.numel() and torch.equal(t.reshape(x.shape), x.bfloat16())]
         assert len({copy.untyped_storage().data_ptr() for copy in copies}) == 1
 
+    def test_autocast_leaves_double_precision_alone(self):
+        attention, x = GroupMixAttention(40).double().eval(), torch.randn(2, 8, 8, 40).double()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(attention(x), attention(x))
+        assert attention(x).dtype == torch.float64
+
     def test_a_local_branch_that_autocast_leaves_in_float32_does_not_make_all_tokens_so(self):
         attention, types = GroupMixAttention(40), []
         attention.aggregator.local.register_forward_hook(lambda module, inputs, output: output.float())

@@ -407,7 +407,7 @@ def test_by_default_a_loss_that_is_no_number_ends_the_run_and_its_samples_are_li
 def test_an_update_that_is_left_out_names_its_samples_and_does_no_harm(tmp_path, saved, caplog):
     config = config_with(TRAIN__ON_NONFINITE="skip")
     training = training_of(lost={(0, 0), (1, 5)})
-    keeper = run(tmp_path, training, config)
+    run(tmp_path, training, config)
     assert (training.progress.epoch, training.progress.updates, training.progress.left_out) == (2, 2 * PLACES - 2, 2)
     assert saved == [(1, 0), (2, 0)]
     lines = [record.message for record in caplog.records if "it is left out" in record.message]
@@ -416,7 +416,6 @@ def test_an_update_that_is_left_out_names_its_samples_and_does_no_harm(tmp_path,
     ]
     assert "5.png" in lines[1]
     assert names(tmp_path, "*.txt") == ["not_finite_epoch_0_update_1.txt", "not_finite_epoch_1_update_6.txt"]
-    assert keeper.best["epoch"] in (0, 1)
 
 
 def test_an_update_that_is_left_out_leaves_the_running_statistics_of_batch_norms(tmp_path):

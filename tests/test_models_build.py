@@ -256,7 +256,7 @@ class TestCompiledBlocks:
         torch.compiler.reset()
         graphs = []
 
-        def backend(graph, inputs):
+        def backend(graph, inputs, options):
             graphs.append(graph)
             return aot_eager(graph, inputs)
 
@@ -326,6 +326,13 @@ class TestCompiledBlocks:
                 compile_blocks(model)
             steps.append(self.step(model))
         torch.testing.assert_close(*steps, rtol=1e-9, atol=1e-11)
+
+    def test_tokens_are_not_laid_out_as_images_would_be(self, monkeypatch):
+        told, model = [], self.model()
+        monkeypatch.setattr(nn.Module, "compile", lambda part, **settings: told.append(settings))
+        compile_blocks(model)
+        assert {settings["options"]["layout_optimization"] for settings in told} == {False}
+        assert torch._inductor.config.layout_optimization  # of other networks
 
     def test_norms_over_all_ranks_leave_recomputation_outside_of_what_is_compiled(self):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model())

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -113,7 +114,7 @@ class _HashingFile:
 def _hash_of(path: Path) -> bytes:
     hasher = hashlib.sha256()
     with open(path, "rb") as file:
-        if hasattr(os, "posix_fadvise"):  # or memory would answer for the disk
+        with suppress(AttributeError, OSError):  # where there is none, or not for this disk, memory answers for it
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := file.read(_CHUNK):
             hasher.update(chunk)

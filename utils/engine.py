@@ -44,7 +44,7 @@ class Training:
         steps: Steps and updates of the training.
         batch_size: Images of a micro-batch on each rank.
         clip_grad: Largest gradient norm of an update, 0 for no clipping.
-        most_left_out: Updates in a row whose leaving out ends the run; 0 where none is left out.
+        most_left_out: Updates in a row whose leaving out ends the run; 0 where none may be left out.
         seed: The run's.
         progress: How far the run is.
     """
@@ -241,7 +241,7 @@ def _leave_out(training: Training, votes: _Votes, buffers: list[Tensor], watch: 
     if progress.left_out_in_row >= training.most_left_out:
         raise UserError(
             f"{what} at {where}, and {progress.left_out_in_row} updates in a row were left out: lower TRAIN.BASE_LR, "
-            "set TRAIN.CLIP_GRAD, or use --precision bf16 or fp32"
+            "set TRAIN.CLIP_GRAD, or try --precision fp32"
         )
 
 
