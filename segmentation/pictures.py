@@ -16,8 +16,7 @@ from segmentation.data import PairSource
 from segmentation.labels import IGNORE, to_label_map
 from segmentation.metrics import SegmentationScore
 from utils.checkpoint import write_beside
-from utils.dist import together
-from utils.errors import UserError
+from utils.errors import OneRankError, UserError
 from utils.metrics import Sums
 
 _GOLDEN = 0.5 * (5**0.5 - 1)  # of the circle of hues, from one class to the next: no two are ever near
@@ -128,16 +127,18 @@ class PictureSums:
     ) -> None:
         self._sums, self._source, self._indices, self._folder = sums, source, indices, folder
         self._compared, self._names, self._reduce_zero_label = compared, names, reduce_zero_label
-        self._problem: UserError | None = None
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
-        """Adds a batch, and draws it unless a picture could not be written."""
+        """Adds a batch, and draws it.
+
+        Raises:
+            OneRankError: If a picture cannot be written.
+        """
         self._sums.add(outputs, targets)
-        if self._problem is None:
-            try:
-                self._draw(outputs, targets)
-            except UserError as error:  # which the other ranks, still scoring, can learn of only in `total`
-                self._problem = error
+        try:
+            self._draw(outputs, targets)
+        except UserError as error:
+            raise OneRankError(str(error)) from None
 
     def _draw(self, outputs: Tensor, targets: Tensor) -> None:
         predictions = outputs.argmax(dim=1).cpu().numpy().astype(np.uint8)
@@ -152,14 +153,7 @@ class PictureSums:
                 _write(self._folder / "comparisons" / name, _rendered(comparison).save)
 
     def total(self) -> SegmentationScore:
-        """The score over all ranks; every rank must ask.
-
-        Raises:
-            UserError: If a picture could not be written on some rank; all ranks raise it.
-        """
-        with together():
-            if self._problem:
-                raise self._problem
+        """The score over all ranks; every rank must ask."""
         return self._sums.total()
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.cli import Parser, at_least, check_report, config_from, make_parser, run
 from utils.config import load_config, lookup
-from utils.errors import BrokenDataError, LostRankError, Stopped, UserError
+from utils.errors import BrokenDataError, LostRankError, OneRankError, Stopped, UserError
 
 FILE = str(ROOT / "configs" / "groupmixformer_tiny.yaml")
 
@@ -290,7 +290,7 @@ def test_a_users_error_in_a_loaders_worker_is_one_line_too(monkeypatch, capsys):
     assert (code, told) == (2, ("", "error: 0.png is broken (empty): is the data still there?\n"))
 
 
-@pytest.mark.parametrize("kind", [BrokenDataError, LostRankError])
+@pytest.mark.parametrize("kind", [BrokenDataError, LostRankError, OneRankError])
 def test_an_error_that_only_one_rank_meets_is_told(kind, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
 

@@ -1,11 +1,12 @@
 """Pictures of what is in images, and of what was found there."""
 
 import pytest
+import torch
 from helpers_detection import CATEGORIES
 from PIL import Image
 
 from detection.coco import as_coco
-from detection.pictures import save_pictures
+from detection.pictures import draw, save_pictures
 
 
 @pytest.fixture
@@ -39,6 +40,15 @@ def test_images_whose_names_are_alike_have_pictures_of_their_own(save):
         "out/comparisons/003-b.png",
         "out/overview.png",
     ]
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_a_mask_is_drawn_inside_its_box_where_masks_are(with_masks):
+    pixels = torch.full((3, 600, 600), 128, dtype=torch.uint8)
+    mark = {"bbox": [50, 50, 500, 500], "category_id": 5, "segmentation": [[300, 300, 400, 300, 400, 400, 300, 400]]}
+    drawn = draw(pixels, [mark], CATEGORIES, with_masks)
+    assert (drawn[:, 350, 350] != 128).any() == with_masks
+    assert (drawn[:, 50, 300] != 128).any()  # the box
 
 
 def test_masks_that_are_not_scored_are_not_drawn_and_may_be_of_any_form(save):

@@ -1,12 +1,10 @@
 """Label maps with a palette, and comparisons side by side."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from helpers_segmentation import CLASSES, pair
-from helpers_unit import CPU, said_by, start_ranks
+from helpers_unit import CPU
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
@@ -14,8 +12,7 @@ from segmentation.data import PairSource
 from segmentation.labels import IGNORE, MOST_CLASSES, to_classes
 from segmentation.metrics import SegmentationSums
 from segmentation.pictures import PictureSums, draw_comparison, draw_overview, label_map_image, palette
-from utils.dist import join_world
-from utils.errors import UserError
+from utils.errors import OneRankError
 
 pytest_plugins = ["segments"]
 
@@ -125,37 +122,13 @@ def test_label_maps_and_the_first_comparisons_are_written_beside_an_unchanged_sc
         assert np.asarray(image).min() == np.asarray(image).max() == 3
 
 
-def score_two(pairs, folder, indices):
-    """What scoring two images into a folder raises."""
+def test_a_picture_that_cannot_be_written_ends_scoring_at_once_on_whichever_rank_it_is(pairs, tmp_path):
+    (tmp_path / "labels/04.png/in the way").mkdir(parents=True)
     plain, targets = SegmentationSums(3, CPU), torch.zeros(1, 48, 48, dtype=torch.uint8)
-    sums = PictureSums(plain, PairSource(Path(pairs), "validation"), iter(indices), Path(folder), 0, CLASSES, True)
-    for _ in indices:
+    sums = PictureSums(plain, PairSource(pairs, "validation"), iter([4, 0]), tmp_path, 0, CLASSES, True)
+    with pytest.raises(OneRankError, match=r"labels/04\.png cannot be written"):
         sums.add(OneClass.of(targets), targets)
-    assert plain._images == 2
-    with pytest.raises(UserError) as caught:
-        sums.total()
-    return str(caught.value)
-
-
-def test_a_folder_that_cannot_be_written_to_ends_in_one_line_and_is_drawn_into_no_more(pairs, tmp_path):
-    (tmp_path / "labels/04.png/in the way").mkdir(parents=True)
-    assert "labels/04.png cannot be written" in score_two(pairs, tmp_path, [4, 0])
     assert [path.name for path in (tmp_path / "labels").iterdir()] == ["04.png"]
-
-
-def score_as_rank(pairs, folder):
-    """On rank 1 alone a picture cannot be written."""
-    with join_world("cpu") as world:
-        return score_two(pairs, folder, [[0, 1], [4, 2]][world.rank])
-
-
-@pytest.mark.slow
-def test_what_one_rank_cannot_write_ends_all_ranks_with_its_reason(pairs, tmp_path):
-    (tmp_path / "labels/04.png/in the way").mkdir(parents=True)
-    ranks = start_ranks("test_segmentation_pictures", "score_as_rank", pairs, tmp_path)
-    first, second = [said_by(rank) for rank in ranks]
-    assert first == second
-    assert "labels/04.png cannot be written" in first
 
 
 def test_the_overview_has_the_first_comparisons_below_one_another(pairs, tmp_path):

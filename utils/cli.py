@@ -16,7 +16,7 @@ from typing import NoReturn
 from yacs.config import CfgNode
 
 from utils.config import check, check_folder, default_config, load_config, merge_options, merge_value
-from utils.errors import BrokenDataError, LostRankError, Stopped, UserError, reason
+from utils.errors import BrokenDataError, OneRankError, Stopped, UserError, reason
 
 # flag -> the key that it overrides
 _KEYS = {
@@ -245,7 +245,7 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         # A loader's process hands its error over with a traceback above it; the message is the last line.
         message = str(error).splitlines()[-1].removeprefix(f"{BrokenDataError.__module__}.{BrokenDataError.__name__}: ")
-        _fail(message, of_all_ranks=not isinstance(error, (BrokenDataError, LostRankError)))
+        _fail(message, of_all_ranks=not isinstance(error, OneRankError))
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

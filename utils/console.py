@@ -20,6 +20,11 @@ def aligned(rows: Sequence[Sequence[str]], justify: Callable[[str, int], str] = 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows as a table of Markdown, the first one as its head; columns but the first one are to the right."""
-    head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    head, *body = rows
     rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+    return "\n".join(map(markdown_row, (head, rule, *body)))
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """A line of such a table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

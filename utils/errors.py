@@ -10,12 +10,16 @@ class UserError(Exception):
     """Something outside the code is wrong. The message is one line: what, where, and what to do."""
 
 
-class BrokenDataError(UserError):
-    """An image cannot be read, which only the rank that reads it meets."""
+class OneRankError(UserError):
+    """What one rank meets by itself, and has to tell of by itself."""
 
 
-class LostRankError(UserError):
-    """Another rank died or hangs, which each of the others meets by itself."""
+class BrokenDataError(OneRankError):
+    """An image cannot be read."""
+
+
+class LostRankError(OneRankError):
+    """Another rank died or hangs."""
 
 
 class Stopped(Exception):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from data.build import EvalData, build_eval_data
 from tools.exporting.checking import Run
-from utils.console import markdown_table
+from utils.console import markdown_row, markdown_table
 from utils.dist import World
 from utils.precision import Precision
 from utils.scoring import score_timed
@@ -47,9 +47,9 @@ def print_scores(runs: dict[str, tuple[Run, int]], data: EvalData) -> None:
         runs: By name: what runs it, and how many bytes it has.
         data: The images.
     """
-    rows = [["", "MiB", "Acc@1", "Acc@5", "loss", "images/s"]]
+    print(markdown_table([["", "MiB", "Acc@1", "Acc@5", "loss", "images/s"]]))
     for name, (run, size) in runs.items():
         score, speed = score_timed(Runtime(run), data, _alone(), Precision("fp32", "cpu"))
         mib = size / 2**20
-        rows.append([name, f"{mib:.2f}", f"{score.acc1:.3f}", f"{score.acc5:.3f}", f"{score.loss:.4f}", f"{speed:.1f}"])
-    print(markdown_table(rows))
+        numbers = [f"{mib:.2f}", f"{score.acc1:.3f}", f"{score.acc5:.3f}", f"{score.loss:.4f}", f"{speed:.1f}"]
+        print(markdown_row([name, *numbers]))
