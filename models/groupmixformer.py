@@ -65,10 +65,11 @@ def from_row(image: Tensor) -> Tensor:
 @torch.fx.wrap
 def as_products_take(x: Tensor) -> Tensor:
     """Under autocast `x` in its type: cast once, where each of several products would cast, and keep, a copy."""
-    if torch.jit.is_scripting() or not torch.amp.is_autocast_available(x.device.type):
+    if torch.jit.is_scripting():
         return x
-    casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return x.to(torch.get_autocast_dtype(x.device.type)) if casts else x
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(kind)) if casts else x
 
 
 class SeparableConv(nn.Module):

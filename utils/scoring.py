@@ -153,11 +153,15 @@ def score_weights(
         weights.load_into(network)
         network = fuse(network) if fused else network
         network.to(world.device, memory_format=memory_format(config))
-        found = eval_data.classes
-        if found and classes and found != classes:
-            _log.info("%d of the checkpoint's %d classes are in the data; matched by name", len(found), len(classes))
+        log_matched(eval_data.classes, classes)
     score, images_per_s = score_timed(network, eval_data, world, precision, sums)
     return Scored(score, images_per_s, network.num_classes, classes or eval_data.classes, eval_data)
+
+
+def log_matched(found: list[str] | None, known: list[str] | None) -> None:
+    """Says how many of a checkpoint's classes are in the data, where both are known and they differ."""
+    if found and known and found != known:
+        _log.info("%d of the checkpoint's %d classes are in the data; matched by name", len(found), len(known))
 
 
 def score_timed(
