@@ -73,6 +73,7 @@ def measure_speed(arguments: argparse.Namespace, config: CfgNode, world: "World"
 def score(arguments: argparse.Namespace, config: CfgNode, world: "World", precision: "Precision") -> None:
     """Scores the weights, prints the score and writes down what is asked for, on rank 0."""
     from utils.dist import together
+    from utils.metrics import describe
     from utils.reporting.folder import check_report_folder
     from utils.reporting.outcomes import OutcomeSums
     from utils.scoring import circumstances, read_weights, score_weights
@@ -92,7 +93,7 @@ def score(arguments: argparse.Namespace, config: CfgNode, world: "World", precis
         "fused": arguments.fuse,
     }
     if world.is_main:
-        print(f" * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}")
+        print(f" * {describe(result)}")
         _log.info(
             "%d images (%d and %d correct), loss %.4f, %.1f images/s, %s on %d x %s",
             result.images, result.correct1, result.correct5, result.loss, scored.images_per_s, precision.name,

@@ -30,6 +30,7 @@ def main() -> None:
     from utils.classification import classification
     from utils.dist import join_world
     from utils.logger import setup_logging
+    from utils.metrics import describe
     from utils.precision import choose_precision, choose_scoring_precision
     from utils.scoring import read_weights, score_weights
     from utils.throughput import measure
@@ -40,7 +41,7 @@ def main() -> None:
         if config.EVAL_MODE:
             precision = choose_scoring_precision(config, world.device)
             score = score_weights(config, world, precision, read_weights(config)).score
-            _log.info(f" * Acc@1 {score.acc1:.3f} Acc@5 {score.acc5:.3f}")
+            _log.info(f" * {describe(score)}")
             return
         precision = choose_precision(config, world.device)
         if config.THROUGHPUT_MODE:

@@ -284,8 +284,8 @@ class ImageStream(IterableDataset):
                 found = self._transform.decode(image), int(target)
             except Exception as error:
                 complaint = f"an image of the stream is broken ({reason(error)})"
-            given = found or (before if self._replace else None) or (self._transform.decode(blank_image()), int(target))
-            before = found
+            given = found or before or (self._transform.decode(blank_image()), int(target))
+            before = found if self._replace else None
             if count >= passed:
                 yield self._transform.augment(given[0]), given[1], complaint
 

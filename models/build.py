@@ -189,7 +189,7 @@ def compile_blocks(model: GroupMixFormer) -> None:
     dynamo = torch._dynamo.config
     dynamo.optimize_ddp = False  # for networks compiled whole: it cuts graphs where DDP's buckets end
     dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_CODES)
-    # Which takes tokens [B, H, W, C] for images, and on GPUs transposes them around layer norms and residuals.
+    # Inductor's takes tokens [B, H, W, C] for images, and on GPUs transposes them around layer norms and residuals.
     options = {"layout_optimization": False}
     for stage in model.stages:
         for block in stage.blocks:

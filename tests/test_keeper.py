@@ -37,9 +37,10 @@ from utils.errors import Stopped, UserError
 from utils.keeper import Keeper
 from utils.logger import read_metrics
 from utils.metrics import Score
+from utils.precision import Precision
 from utils.progress import Progress
 from utils.report import describe_best
-from utils.trainer import evaluate_epoch, run_epochs
+from utils.trainer import build_training, evaluate_epoch, run_epochs
 
 PLACES = 6
 SCORES = {"model": Score(8, 2, 8, 1.5), "ema": Score(8, 4, 8, 1.0)}
@@ -428,6 +429,18 @@ def test_an_update_that_is_left_out_leaves_the_running_statistics_of_batch_norms
     assert training.progress.left_out == 1
     assert network[1].num_batches_tracked == PLACES - 1
     assert all(buffer.isfinite().all() for buffer in network.buffers())
+
+
+@pytest.mark.parametrize(
+    ("precision", "on_nonfinite", "most"),
+    [("fp32", "stop", 0), ("bf16", "stop", 0), ("fp16", "stop", 20), ("fp32", "skip", 20)],
+)
+def test_a_run_that_leaves_no_update_out_keeps_no_copies_for_that(precision, on_nonfinite, most):
+    config = config_with(TRAIN__ON_NONFINITE=on_nonfinite)
+    network = small_network()
+    network.num_classes = 3
+    training = build_training(config, ALONE, Precision(precision, "cpu"), classification(), network, PLACES)
+    assert training.most_left_out == most
 
 
 def test_too_many_lost_updates_in_a_row_end_a_run_that_skips_them(tmp_path):
