@@ -5,7 +5,13 @@ import torch
 from helpers_unit import CPU, configured
 from torch import nn
 
-from utils.precision import Precision, choose_kernels, choose_precision, unmeasured_kernels
+from utils.precision import (
+    Precision,
+    choose_kernels,
+    choose_precision,
+    choose_scoring_precision,
+    unmeasured_kernels,
+)
 
 CUDA = torch.device("cuda")
 
@@ -40,6 +46,14 @@ def test_the_precision_follows_the_device_by_itself(monkeypatch, has_bf16, name)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
     assert choose_precision(configured(), CPU) == Precision("fp32", "cpu")
     assert choose_precision(configured(), CUDA) == Precision(name, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("values", "name"), [({}, "fp32"), ({"PRECISION": "bf16"}, "bf16"), ({"AMP_OPT_LEVEL": "O1"}, "fp16")]
+)
+def test_scores_are_computed_in_fp32_on_a_gpu_too_unless_another_precision_is_asked_for(monkeypatch, values, name):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert choose_scoring_precision(configured(**values), CUDA) == Precision(name, "cuda")
 
 
 @pytest.mark.parametrize(
