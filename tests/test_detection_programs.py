@@ -9,9 +9,11 @@ import signal
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
-from detection.coco import read_coco
+from detection.coco import categories, read_coco
 from detection.metrics import score
+from detection.pictures import draw
 from detection.test import write_table
 from models import GroupMixFormer
 from utils import checkpoint
@@ -106,6 +108,21 @@ def test_scoring_writes_what_it_says_in_every_form(call, scoring_words, coco_tre
         left = picture.crop((0, 0, picture.width // 2, picture.height))
         right = picture.crop((picture.width - left.width, 0, picture.width, picture.height))
         assert left.tobytes() != right.tobytes()
+
+
+def test_pictures_show_masks_where_the_detector_finds_masks(call, coco_tree, tiny_detector, tmp_path):
+    coco = read_coco(coco_tree / "annotations" / "instances_val2017.json")
+    image = coco.dataset["images"][0]
+    with Image.open(coco_tree / "val2017" / image["file_name"]) as file:
+        pixels = F.pil_to_tensor(file)
+    for name, with_masks in (("mask_rcnn", True), ("faster_rcnn", False)):
+        words = ["--cfg", tiny_detector, "--data-path", coco_tree, "--random-weights"]
+        words += ["--save-pictures", tmp_path / name, "--pictures", 1]
+        result = call("detection/test.py", *words, "--opts", "MODEL.DETECTOR.NAME", name)
+        assert result.code == 0, result.stderr
+        truth = draw(pixels, coco.imgToAnns[image["id"]], categories(coco), with_masks)
+        with Image.open(tmp_path / name / "comparisons" / "000-000.png") as picture:
+            assert torch.equal(F.pil_to_tensor(picture)[..., : truth.shape[2]], truth)
 
 
 def test_train_scores_with_eval_as_test_does(call, scoring_words):
