@@ -119,6 +119,14 @@ def test_packed_folder_has_the_same_samples_at_the_same_indices(pack, odd, size)
     assert files[0] == (f"train-00000-of-{count:05d}.tar" if size else "train.tar")
 
 
+def test_sizes_are_given_in_powers_of_1024_in_letters_of_either_case(pack, root, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(tools.datasets.packing, "plan", lambda *given: sizes.append(given[3]) or plan(*given))
+    for number, size in enumerate(("7000", "9K", "9k", "3M", "2g", "1T")):
+        pack(root, "--shard-size", size, name=f"P{number}")
+    assert sizes[::2] == sizes[1::2] == [7000, 9 * 1024, 9 * 1024, 3 * 1024**2, 2 * 1024**3, 1024**4]
+
+
 def test_samples_of_a_packed_folder_are_named_by_file_and_path(pack, root):
     packed = pack(root)
     source = open_split(configured(DATA__DATASET="tar", DATA__DATA_PATH=str(packed)), "val", is_training=False)
@@ -502,6 +510,13 @@ def test_a_folder_that_cannot_be_packed_is_refused_before_anything_is_written(ca
     result = call(PROGRAM, "--data-path", root, "--output", root.parent / "P")
     assert (result.code, result.stderr.count("\n")) == (2, 1)
     assert said in result.errors[0] and no_output(root)
+
+
+def test_a_file_that_may_not_be_read_is_refused_before_anything_is_written(call, root, monkeypatch):
+    monkeypatch.setattr(tools.datasets.packing, "write", None)
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path).name != "003.JPEG")  # root may read all
+    result = call(PROGRAM, "--data-path", root, "--output", root.parent / "P")
+    assert result.code == 2 and "ant/003.JPEG: no permission to read it" in result.errors[0] and no_output(root)
 
 
 def test_all_files_that_cannot_be_packed_are_counted(call, root):
