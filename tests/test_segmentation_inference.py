@@ -91,6 +91,17 @@ def test_several_scales_and_mirrored_images_give_the_logarithm_of_the_mean_proba
     assert torch.allclose(answer.exp(), wanted, atol=1e-5)
 
 
+def test_one_scale_is_mirrored_too_where_that_is_asked_for():
+    images, network = noise(7, 9), Contextual()
+    wanted = (network(images).softmax(1) + network(images.flip(-1)).flip(-1).softmax(1)) / 2
+    assert torch.allclose(AtScales(network, 0, 0, flip=True)(images).exp(), wanted, atol=1e-6)
+
+
+def test_what_no_look_believes_at_all_has_a_logarithm_that_is_a_number():
+    answer = AtScales(Recorder(), 0, 0, flip=True)(torch.full((1, 1, 4, 4), 200.0))
+    assert (answer[:, 0] == 0).all() and answer[:, 1].isfinite().all() and (answer[:, 1] < -80).all()
+
+
 @pytest.mark.parametrize(
     ("size", "short", "long", "wanted"),
     [
@@ -119,3 +130,18 @@ def test_the_configuration_chooses_windows_and_scales():
     config = tiny(TEST__MULTI_SCALE=True, TEST__SLIDING_WINDOW=True, TEST__FLIP=False, TEST__SCALES=[1.0, 2.0])
     build_predictor(config, network)(noise(48, 48))
     assert [tuple(seen.shape[-2:]) for seen in network.seen] == [(32, 32)] * 4 + [(32, 32)] * 25
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, [(48, 48)]),
+        ({"TEST__SLIDING_WINDOW": True}, [(32, 32)] * 4),
+        ({"TEST__MULTI_SCALE": True}, [(24, 24)] * 2 + [(48, 48)] * 2),
+    ],
+    ids=["neither", "windows", "scales"],
+)
+def test_windows_and_scales_are_each_taken_only_where_they_are_asked_for(values, wanted):
+    network = Recorder()
+    build_predictor(tiny(TEST__FLIP=True, **values), network)(noise(48, 48))
+    assert [tuple(seen.shape[-2:]) for seen in network.seen] == wanted
