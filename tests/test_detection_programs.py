@@ -5,16 +5,18 @@ import json
 import math
 import shutil
 import signal
+from argparse import Namespace
 
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from detection.coco import categories, read_coco
+from detection.coco import as_coco, categories, read_coco
 from detection.metrics import score
 from detection.pictures import draw
-from detection.test import write_table
+from detection.scoring import ScoredDetections
+from detection.test import write_reports, write_table
 from models import GroupMixFormer
 from utils import checkpoint
 
@@ -167,6 +169,21 @@ def test_broken_images_are_replaced_and_listed_where_that_is_asked_for(call, coc
     assert "001.png is broken" in (tmp_path / "tiny" / "run" / "broken.txt").read_text()
 
 
+def test_a_class_with_nothing_to_find_has_an_empty_cell_in_the_table(tmp_path):
+    coco = as_coco(
+        {
+            "images": [{"id": 1, "file_name": "a.png", "width": 50, "height": 50}],
+            "annotations": [
+                {"id": 1, "image_id": 1, "category_id": 2, "bbox": [9, 9, 20, 20], "area": 400, "iscrowd": 0}
+            ],
+            "categories": [{"id": 2, "name": "square"}, {"id": 5, "name": "disc"}],
+        }
+    )
+    scored = ScoredDetections(score(coco, [], 1, with_masks=False), [], coco, 1.0)
+    write_reports(Namespace(json=None, detections=None, classes=tmp_path / "a.csv"), scored, {})
+    assert (tmp_path / "a.csv").read_text() == "class,box_ap\nsquare,0.0\ndisc,\n"
+
+
 def test_a_table_of_classes_may_have_any_letters(tmp_path, ascii_locale):
     write_table(tmp_path / "a.csv", [{"class": "Käse", "box_ap": 1.0}])
     assert (tmp_path / "a.csv").read_text(encoding="utf-8") == "class,box_ap\nKäse,1.0\n"
@@ -179,6 +196,8 @@ BAD = [
     ("train", ["--data-path", "nowhere"], "instances_train2017.json cannot be read"),
     ("test", [], "no weights to score"),
     ("test", ["--random-weights", "--json", "nowhere/score.json"], "--json nowhere/score.json: name a file"),
+    ("test", ["--random-weights", "--classes", "nowhere/a.csv"], "--classes nowhere/a.csv: name a file"),
+    ("test", ["--random-weights", "--detections", "nowhere/a.json"], "--detections nowhere/a.json: name a file"),
     ("test", ["--random-weights", "--save-pictures", "README.md"], "README.md is a file: name a folder"),
     ("test", ["--random-weights", "--pictures", "0"], "draw at least 1"),
     ("test", ["--random-weights", "--min-score", "2"], "--min-score 2.0: give a score from 0 to 1"),
