@@ -1,5 +1,7 @@
 """Precision and kernels, as the configuration and the device have it."""
 
+import os
+
 import pytest
 import torch
 from helpers_unit import CPU, configured
@@ -43,7 +45,9 @@ def test_a_precision_that_is_asked_for_is_taken_without_a_word(name, device, cap
 
 @pytest.mark.parametrize(("has_bf16", "name"), [(True, "bf16"), (False, "fp16")])
 def test_the_precision_follows_the_device_by_itself(monkeypatch, has_bf16, name):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation
+    )
     assert choose_precision(configured(), CPU) == Precision("fp32", "cpu")
     assert choose_precision(configured(), CUDA) == Precision(name, "cuda")
 
@@ -63,12 +67,26 @@ def test_scores_are_computed_in_fp32_on_a_gpu_too_unless_another_precision_is_as
 def test_kernels_are_measured_for_images_of_one_size_and_never_to_score(monkeypatch, deterministic, one_size, measures):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(os, "environ", {})
     choose_kernels(deterministic, one_size)
     assert torch.backends.cudnn.benchmark is measures
     with unmeasured_kernels():
         assert not torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.benchmark is measures
+
+
+def test_kernels_that_give_the_same_bits_are_asked_for_and_their_workspace_unless_it_was_set(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    for before, wanted in (({}, ":4096:8"), ({"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, ":16:8")):
+        monkeypatch.setattr(os, "environ", before)
+        choose_kernels(deterministic=True)
+        assert os.environ == {"CUBLAS_WORKSPACE_CONFIG": wanted}
+    assert asked == [True, True]
+    monkeypatch.setattr(os, "environ", {})
+    choose_kernels(deterministic=False)
+    assert not os.environ and len(asked) == 2
 
 
 @pytest.mark.parametrize(
