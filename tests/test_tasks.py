@@ -1,22 +1,30 @@
-"""What is of another task is refused at once, with the programs that take it."""
+"""What is of another task is refused at once, with the programs that take it; and what tasks differ in."""
 
 import re
+from unittest import mock
 
 import pytest
+import torch
 from helpers_unit import ALONE, ROOT
 from yacs.config import CfgNode
 
 from detection.config import default_config as detection
+from detection.task import detection as detecting
 from segmentation.config import default_config as segmentation
+from segmentation.task import segmentation as segmenting
 from tools.runs.averaging import look_at
 from utils import checkpoint
+from utils.classification import classification as classifying
 from utils.config import default_config as classification
 from utils.config import load_config, merge_options
+from utils.dist import World
 from utils.distillation import check_teacher
 from utils.errors import UserError
+from utils.precision import Precision
 from utils.resume import find_state, start_from_pretrained
 from utils.scoring import read_weights
 from utils.trained import load_trained
+from utils.trainer import build_training
 
 DEFAULTS = {"classification": classification, "segmentation": segmentation, "detection": detection}
 PROGRAMS = {
@@ -136,3 +144,17 @@ def test_a_checkpoint_of_another_task_is_not_converted(call, save, tmp_path):
 def test_a_checkpoint_that_tells_of_no_task_is_taken(tmp_path, config):
     checkpoint.save({"model": {}, "config": config}, tmp_path / "others.pth")
     assert checkpoint.load_for_task(tmp_path / "others.pth", "classification")["config"] == config
+
+
+@pytest.mark.parametrize(
+    ("task", "measures"),
+    [(classifying(), True), (segmenting(), True), (detecting(detection()), False)],
+    ids=["classification", "segmentation", "detection"],
+)
+def test_a_gpus_kernels_are_measured_where_all_images_to_train_on_are_of_one_size(monkeypatch, task, measures):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not measures)
+    network, world = mock.Mock(), World(0, 1, torch.device("cuda"))
+    network.to.side_effect = InterruptedError  # before a GPU is needed
+    with pytest.raises(InterruptedError):
+        build_training(classification(), world, Precision("fp32", "cuda"), task, network, 4)
+    assert torch.backends.cudnn.benchmark is measures
