@@ -25,7 +25,7 @@ from data.build import build_eval_data, build_train_data
 from data.datasets import FolderSource, open_split
 from data.tar import TarSource
 from tools.datasets.ahead import ahead
-from tools.datasets.packing import Sample, plan, write
+from tools.datasets.packing import Sample, plan, read_back, write
 from utils.dist import World
 from utils.errors import UserError
 
@@ -615,6 +615,24 @@ def test_what_reads_back_otherwise_is_not_kept(call, root, monkeypatch, form):
 
     monkeypatch.setattr(os, "fsync", spoil)
     result = call(PROGRAM, "--data-path", root, "--output", root.parent / "P", "--form", form)
+    assert result.code == 2 and "does not read back as it was written" in result.errors[0]
+    assert no_output(root)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda first, *others: others,
+        lambda *found: found[:-1],
+        lambda *found: (*found, found[-1]),
+        lambda first, *others: (((first[0][0], 2), first[1]), *others),
+        lambda first, second, *others: ((second[0], first[1]), second, *others),
+    ],
+    ids=["the first is lost", "the last is lost", "one too many", "another class", "another name"],
+)
+def test_files_that_read_back_as_other_images_are_not_kept(call, root, monkeypatch, spoil):
+    monkeypatch.setattr(tools.datasets.packing, "read_back", lambda *given: iter(spoil(*read_back(*given))))
+    result = call(PROGRAM, "--data-path", root, "--output", root.parent / "P")
     assert result.code == 2 and "does not read back as it was written" in result.errors[0]
     assert no_output(root)
 
