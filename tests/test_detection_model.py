@@ -1,6 +1,7 @@
 """Detectors on the backbone: their shapes, what they learn from, what they answer, and what they start from."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet, maskrc
 from detection.batch import Batch, finish
 from detection.config import check, default_config
 from detection.model import Detector, SumOfLosses, build_detector, load_to_start
+from detection.task import detection
 from models import GroupMixFormer
 from models.published import to_published
 from utils.config import load_config
@@ -181,6 +183,22 @@ def test_statistics_of_the_backbones_norms_follow_the_images_unless_they_are_fro
     assert changed == (set() if frozen else set(before))
     norms = [m for m in network.body.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(norm.weight.requires_grad for norm in norms) and network.training
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        (["MODEL.FREEZE_STATISTICS", True], True),
+        (["MODEL.FREEZE_STATISTICS", False], False),
+        (["MODEL.FREEZE_STATISTICS", True, "MODEL.PRETRAINED", "weights.pth"], False),
+        (["MODEL.FREEZE_STATISTICS", True, "MODEL.RESUME", "last.pth"], False),
+    ],
+    ids=["frozen", "not frozen", "pretrained", "resumed"],
+)
+def test_frozen_statistics_are_warned_of_where_there_are_none(caplog, options, warns):
+    config = configured(*options)
+    detection(config).build_network(config, SimpleNamespace(classes=["disc"]))
+    assert ("fresh weights have none" in caplog.text) is warns
 
 
 def test_checkpointed_blocks_give_the_same_gradients_and_count_images_once():
