@@ -31,6 +31,11 @@ def exact(run):
     return [{key: repr(value) for key, value in line.items()} for line in run.numbers()]
 
 
+def pixels_of(path):
+    with Image.open(path) as image:
+        return F.pil_to_tensor(image)
+
+
 @pytest.fixture
 def scoring_words(trained_detector, coco_tree, tiny_detector):
     """What follows detection/test.py."""
@@ -101,30 +106,38 @@ def test_scoring_writes_what_it_says_in_every_form(call, scoring_words, coco_tre
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == ["square", "disc", "bar"]
+    assert [{name: str(value) for name, value in of_class.items()} for of_class in written["classes"]] == rows
     assert [float(row["box_ap"]) for row in rows] == pytest.approx(again.box_ap_of_classes, nan_ok=True)
 
     assert sorted(path.name for path in pictures.iterdir()) == ["comparisons", "overview.png"]
     names = sorted(path.name for path in (pictures / "comparisons").iterdir())
     assert names == [f"{number:03d}-{number:03d}.png" for number in range(5)]
-    with Image.open(pictures / "comparisons" / "000-000.png") as picture:
-        left = picture.crop((0, 0, picture.width // 2, picture.height))
-        right = picture.crop((picture.width - left.width, 0, picture.width, picture.height))
-        assert left.tobytes() != right.tobytes()
+    image = coco.dataset["images"][0]
+    marks = [result for result in found if result["image_id"] == image["id"]]
+    shown = draw(pixels_of(coco_tree / "val2017" / image["file_name"]), marks, categories(coco), with_masks=True)
+    assert torch.equal(pixels_of(pictures / "comparisons" / names[0])[..., -shown.shape[2] :], shown)
 
 
 def test_pictures_show_masks_where_the_detector_finds_masks(call, coco_tree, tiny_detector, tmp_path):
     coco = read_coco(coco_tree / "annotations" / "instances_val2017.json")
-    image = coco.dataset["images"][0]
-    with Image.open(coco_tree / "val2017" / image["file_name"]) as file:
-        pixels = F.pil_to_tensor(file)
+    image, names = coco.dataset["images"][0], categories(coco)
+    pixels = pixels_of(coco_tree / "val2017" / image["file_name"])
     for name, with_masks in (("mask_rcnn", True), ("faster_rcnn", False)):
-        words = ["--cfg", tiny_detector, "--data-path", coco_tree, "--random-weights"]
-        words += ["--save-pictures", tmp_path / name, "--pictures", 1]
-        result = call("detection/test.py", *words, "--opts", "MODEL.DETECTOR.NAME", name)
+        words = ["--cfg", tiny_detector, "--data-path", coco_tree, "--random-weights", "--save-pictures"]
+        result = call("detection/test.py", *words, tmp_path / name, "--opts", "MODEL.DETECTOR.NAME", name)
         assert result.code == 0, result.stderr
-        truth = draw(pixels, coco.imgToAnns[image["id"]], categories(coco), with_masks)
-        with Image.open(tmp_path / name / "comparisons" / "000-000.png") as picture:
-            assert torch.equal(F.pil_to_tensor(picture)[..., : truth.shape[2]], truth)
+        assert len(list((tmp_path / name / "comparisons").iterdir())) == 7
+        shown = pixels_of(tmp_path / name / "comparisons" / "000-000.png")
+        truth, nothing = (draw(pixels, marks, names, with_masks) for marks in (coco.imgToAnns[image["id"]], []))
+        assert torch.equal(shown[..., : truth.shape[2]], truth)
+        assert torch.equal(shown[..., -truth.shape[2] :], nothing)  # of which random weights are sure
+
+
+def test_scores_are_computed_in_the_precision_that_is_asked_for(call, scoring_words, tmp_path):
+    result = call("detection/test.py", *scoring_words, "--precision", "bf16", "--json", tmp_path / "score.json")
+    assert result.code == 0, result.stderr
+    assert "images/s, bf16 on 1 x cpu" in result.stdout
+    assert json.loads((tmp_path / "score.json").read_text())["precision"] == "bf16"
 
 
 def test_train_scores_with_eval_as_test_does(call, scoring_words):
@@ -223,3 +236,20 @@ def test_classes_that_the_checkpoint_does_not_know_are_refused(call, scoring_wor
     path.write_text(path.read_text().replace('"disc"', '"ring"'))
     result = call("detection/test.py", *scoring_words, "--data-path", tree)
     assert result.code == 2 and "the checkpoint does not know the classes ring" in result.errors[0]
+
+
+def test_classes_that_the_data_lacks_are_left_out_and_told_of(call, scoring_words, coco_tree, tmp_path):
+    tree, found = shutil.copytree(coco_tree, tmp_path / "tree"), []
+    path = tree / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    for part, key in (("categories", "id"), ("annotations", "category_id")):
+        content[part] = [entry for entry in content[part] if entry[key] != 5]  # the second of the three
+    path.write_text(json.dumps(content))
+    for data in (coco_tree, tree):
+        words = ["--data-path", data, "--detections", tmp_path / "found.json"]
+        result = call("detection/test.py", *scoring_words, *words, "--opts", "MODEL.DETECTOR.SCORE_THRESHOLD", 0.0)
+        assert result.code == 0, result.stderr
+        found.append(json.loads((tmp_path / "found.json").read_text()))
+    assert "2 of the checkpoint's 3 classes are in the data; matched by name" in result.stdout
+    assert found[1] == [mark for mark in found[0] if mark["category_id"] != 5] != found[0]
+    assert {mark["category_id"] for mark in found[1]} == {2, 90}
