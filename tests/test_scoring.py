@@ -8,11 +8,16 @@ import time
 
 import pytest
 import torch
+from helpers_unit import ALONE, configured, to_score
 from yacs.config import CfgNode
 
+from models.build import build_model
 from models.fuse import fuse
 from models.published import to_published
 from utils import checkpoint, scoring
+from utils.config import load_config
+from utils.errors import UserError
+from utils.precision import Precision
 
 COUNTS = ("images", "correct1", "correct5")
 
@@ -230,6 +235,13 @@ def test_number_of_classes_comes_from_the_checkpoint(weights, report, some_class
     assert counts(report("--resume", weights, "--opts", "MODEL.GMA.NUM_CLASSES", 0, data=rows)) == counts(one)
 
 
+def test_a_number_of_classes_that_neither_checkpoint_nor_data_tell_is_asked_for(monkeypatch):
+    monkeypatch.setattr(scoring, "build_eval_data", lambda *_: to_score([]))
+    config, fresh = configured(MODEL__GMA__NUM_CLASSES=0), scoring.Weights("random", "random", {}, None)
+    with pytest.raises(UserError, match=r"tells the number of classes: set MODEL\.GMA\.NUM_CLASSES"):
+        scoring.score_weights(config, ALONE, Precision("fp32", "cpu"), fresh)
+
+
 @pytest.mark.slow
 def test_another_number_of_classes_is_refused(weights, score):
     (error,) = score("--resume", weights, "--opts", "MODEL.GMA.NUM_CLASSES", 1000, code=2).errors
@@ -277,6 +289,16 @@ def test_random_weights_are_scored_where_asked_for(report):
 def test_random_weights_follow_the_seed(report):
     losses = [report("--random-weights", "--seed", seed)["loss"] for seed in (3, 3, 4)]
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.slow
+def test_random_weights_are_those_that_training_starts_from(train, tmp_path):
+    still = "TRAIN.BASE_LR 0 TRAIN.WARMUP_LR 0 TRAIN.MIN_LR 0 TRAIN.EMA_DECAY 0"
+    run = train(tmp_path, opts=f"SEED 5 TRAIN.EPOCHS 1 {still}")
+    config, state = load_config(run.folder / "config.yaml"), run.checkpoint()["model"]
+    scoring.read_weights(config, "random")
+    parameters = dict(build_model(config, 6).named_parameters())
+    assert all(torch.equal(parameter, state[name]) for name, parameter in parameters.items())
 
 
 @pytest.mark.parametrize("also", [["--ema"], ["--resume", __file__], ["--pretrained", __file__]])
