@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers_segmentation import tiny
 from helpers_unit import CPU, examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from segmentation.labels import IGNORE
 from segmentation.loss import SegmentationLoss, summed_cross_entropy
 from segmentation.metrics import SegmentationScore, SegmentationSums
+from segmentation.task import segmentation
 from utils.metrics import describe
 
 
@@ -124,8 +126,9 @@ def test_the_gradient_is_torchs():
 
 def test_the_auxiliary_heads_loss_counts_its_weight():
     (logits, targets), (others, _) = answers(3), answers(4)
-    loss = SegmentationLoss(0.4)
-    assert loss((logits, others), targets) == loss(logits, targets) + 0.4 * loss(others, targets)
+    for weight in (0.4, 0.25):
+        loss = segmentation().build_loss(tiny(MODEL__DECODER__AUX_WEIGHT=weight))
+        assert loss((logits, others), targets) == loss(logits, targets) + weight * loss(others, targets)
 
 
 def test_a_batch_without_a_label_has_no_loss_and_no_gradient():
