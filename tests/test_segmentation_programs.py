@@ -61,6 +61,19 @@ def test_the_best_checkpoint_scores_what_training_said(score, segmented):
     assert sum(ious) / len(ious) == pytest.approx(found["miou"])
 
 
+@pytest.mark.parametrize(("which", "flag"), [("model", "sliding_window"), ("ema", "multi_scale")])
+def test_what_is_reported_is_what_is_asked_for_and_printed(call, segmentation_words, segmented, tmp_path, which, flag):
+    words = [*segmentation_words(tmp_path), "--resume", segmented.folder / "best.pth", "--weights", which]
+    words += [f"--{flag.replace('_', '-')}", "--json", tmp_path / "score.json"]
+    result = call("segmentation/test.py", *words)
+    assert result.code == 0, result.stderr
+    found = json.loads((tmp_path / "score.json").read_text())
+    asked = {name: found[name] for name in ("ema", "sliding_window", "multi_scale")}
+    assert asked == {"ema": which == "ema", "sliding_window": False, "multi_scale": False, flag: True}
+    for name, scores in found["classes"].items():
+        assert f"{name:24} IoU {scores['iou']:7.3f} Acc {scores['acc']:7.3f}\n" in result.stdout
+
+
 def test_other_looks_score_otherwise_and_their_trivial_forms_alike(score):
     plain = score()
     assert score("--sliding-window", opts="TEST.WINDOW 200 TEST.STRIDE 200")["loss"] == plain["loss"]
