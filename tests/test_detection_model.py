@@ -166,6 +166,13 @@ def test_group_norms_that_cannot_be_are_refused(options):
         check(configured(*RETINANET, "MODEL.DETECTOR.HEAD_NORM", True, *words))
 
 
+def test_the_network_takes_pixels_from_0_to_1_and_objects_as_they_are():
+    pixels, objects = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1), {"labels": torch.tensor([1])}
+    finished = finish(Batch([pixels], [objects]))
+    assert torch.equal(finished.images[0].flatten(), torch.tensor([0, 0.2, 1]))
+    assert finished.targets == [objects]
+
+
 def test_losses_are_added_up():
     losses = {"one": torch.tensor(1.5), "other": torch.tensor(2.0)}
     assert SumOfLosses()(losses, None) == 3.5
