@@ -88,13 +88,17 @@ class TestAnswers:
         ]:
             torch.testing.assert_close(fuse(network)(x), network(x), rtol=1e-10, atol=1e-12)
 
-    def test_they_hold_for_frozen_batch_norms_and_beside_other_norms(self):
+    def test_they_hold_for_other_and_for_frozen_batch_norms_and_beside_other_norms(self):
         x = images(2, 64, 64).double()
-        frozen, mixed = freeze_batch_norm_2d(trained_model().eval()), trained_model().eval()
+        plain, mixed = trained_model().eval(), trained_model().eval()
+        for module in plain.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eps = 0.1
+        frozen = freeze_batch_norm_2d(copy.deepcopy(plain))
         aggregator = mixed.stages[0].blocks[0].attn.aggregator
         aggregator.norm = aggregator.proxies[1].norm = nn.GroupNorm(2, 8).double()
         mixed.stages[1].patch_embed.norm = nn.GroupNorm(2, 80).double()
-        for model in (frozen, mixed):
+        for model in (plain, frozen, mixed):
             assert relative_error(fuse(model)(x), model(x).detach()) < 1e-12
         assert not [m for m in fuse(frozen).stages.modules() if isinstance(m, FrozenBatchNorm2d)]
 
