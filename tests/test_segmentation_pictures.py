@@ -1,13 +1,16 @@
 """Label maps with a palette, and comparisons side by side."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
-from helpers_segmentation import CLASSES, pair
+from helpers_segmentation import CLASSES, pair, write_pairs
 from helpers_unit import CPU
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
+from segmentation import pictures
 from segmentation.data import PairSource
 from segmentation.labels import IGNORE, MOST_CLASSES, to_classes
 from segmentation.metrics import SegmentationSums
@@ -63,6 +66,14 @@ def test_a_comparison_shows_image_truth_prediction_and_errors():
     assert [text.get_text() for text in legend.get_texts()] == CLASSES
 
 
+def test_a_comparison_of_a_grey_image_without_labels_is_grey_and_names_what_was_predicted():
+    truth, prediction = np.full((20, 20), IGNORE, np.uint8), np.ones((20, 20), np.uint8)
+    figure = draw_comparison(Image.new("L", (20, 20), 90), truth, prediction, CLASSES)
+    assert list(panels(figure)) == ["image", "truth", "prediction", "errors: 0.0 %"]
+    assert (panels(figure)["image"] == np.full((20, 20, 3), 90)).all()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [CLASSES[1]]
+
+
 def test_a_comparison_names_the_classes_that_occur_and_the_largest_at_most():
     names = [f"class {number}" for number in range(150)]
     classes = np.zeros((30, 30), np.uint8)
@@ -106,20 +117,28 @@ class OneClass:
         return logits
 
 
-def test_label_maps_and_the_first_comparisons_are_written_beside_an_unchanged_score(pairs, tmp_path):
+@pytest.mark.parametrize("reduce", [True, False])
+def test_label_maps_and_the_first_comparisons_are_written_beside_an_unchanged_score(
+    pairs, tmp_path, monkeypatch, reduce
+):
+    drawn = mock.Mock(wraps=draw_comparison)
+    monkeypatch.setattr(pictures, "draw_comparison", drawn)
     source, plain = PairSource(pairs, "validation"), SegmentationSums(3, CPU)
-    drawn = PictureSums(SegmentationSums(3, CPU), source, iter([3, 1]), tmp_path / "out", 2, CLASSES, True)
+    sums = PictureSums(SegmentationSums(3, CPU), source, iter([3, 1]), tmp_path / "out", 3, CLASSES, reduce)
     for index in (3, 1):
-        (_, label_map), _ = source.read(index)
+        (image, label_map), _ = source.read(index)
         targets = torch.from_numpy(to_classes(label_map, 3, True))[None]
         plain.add(OneClass.of(targets), targets)
-        drawn.add(OneClass.of(targets), targets)
-    assert drawn.total() == plain.total()
+        sums.add(OneClass.of(targets), targets)
+    assert sums.total() == plain.total()
     found = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
     assert found == ["comparisons/01.png", "labels/01.png", "labels/03.png"]
-    with Image.open(tmp_path / "out/labels/03.png") as image:
-        assert image.size == (97, 33)
-        assert np.asarray(image).min() == np.asarray(image).max() == 3
+    with Image.open(tmp_path / "out/labels/03.png") as written:
+        assert written.size == (97, 33)
+        assert np.asarray(written).min() == np.asarray(written).max() == 2 + reduce
+    ((shown, truth, prediction, names),) = [call.args for call in drawn.call_args_list]
+    assert np.array_equal(shown, image) and np.array_equal(truth, targets[0])
+    assert prediction.shape == truth.shape and (prediction == 2).all() and names == CLASSES
 
 
 def test_a_picture_that_cannot_be_written_ends_scoring_at_once_on_whichever_rank_it_is(pairs, tmp_path):
@@ -129,6 +148,26 @@ def test_a_picture_that_cannot_be_written_ends_scoring_at_once_on_whichever_rank
     with pytest.raises(OneRankError, match=r"labels/04\.png cannot be written"):
         sums.add(OneClass.of(targets), targets)
     assert [path.name for path in (tmp_path / "labels").iterdir()] == ["04.png"]
+
+
+def test_a_folder_of_pictures_that_cannot_be_made_is_named(pairs, tmp_path):
+    (tmp_path / "labels").touch()
+    targets = torch.zeros(1, 48, 48, dtype=torch.uint8)
+    source = PairSource(pairs, "validation")
+    sums = PictureSums(SegmentationSums(3, CPU), source, iter([0]), tmp_path, 0, CLASSES, True)
+    with pytest.raises(OneRankError, match=r"labels cannot be made \(.*\): choose another --save-pictures"):
+        sums.add(OneClass.of(targets), targets)
+
+
+@pytest.mark.parametrize(("images", "compared", "rows"), [(5, 2, 2), (3, 24, 3)])
+def test_the_overview_has_no_more_rows_than_there_are_comparisons(tmp_path, images, compared, rows):
+    write_pairs(tmp_path, "validation", [(20, 10)] * images, seed=0)
+    (tmp_path / "comparisons").mkdir()
+    for number in range(rows):
+        Image.new("RGB", (20, 10)).save(tmp_path / f"comparisons/0{number}.png")
+    draw_overview(tmp_path, PairSource(tmp_path, "validation"), compared)
+    with Image.open(tmp_path / "overview.png") as overview:
+        assert overview.size == (20, 10 * rows)
 
 
 def test_the_overview_has_the_first_comparisons_below_one_another(pairs, tmp_path):
