@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers_unit import ALONE, configured, to_score
+from helpers_unit import ALONE, batches, configured, small_network, to_score
 from yacs.config import CfgNode
 
 from models.build import build_model
@@ -19,6 +19,7 @@ from utils.config import load_config
 from utils.errors import UserError
 from utils.precision import Precision
 
+FP32 = Precision("fp32", "cpu")
 COUNTS = ("images", "correct1", "correct5")
 
 
@@ -83,7 +84,7 @@ def test_line_and_report_say_what_training_said(trained, weights, score, tmp_pat
     assert report["acc1"] == evaluation["acc1"] == 100 * report["correct1"] / 17
     assert report["acc5"] == evaluation["acc5"] == 100 * report["correct5"] / 17
     assert report["loss"] == pytest.approx(evaluation["loss"], rel=1e-5)
-    assert report["images_per_s"] > 0
+    assert report["images_per_s"] > 0 and report["weights"] == str(weights)
 
 
 @pytest.mark.slow
@@ -239,7 +240,7 @@ def test_a_number_of_classes_that_neither_checkpoint_nor_data_tell_is_asked_for(
     monkeypatch.setattr(scoring, "build_eval_data", lambda *_: to_score([]))
     config, fresh = configured(MODEL__GMA__NUM_CLASSES=0), scoring.Weights("random", "random", {}, None)
     with pytest.raises(UserError, match=r"tells the number of classes: set MODEL\.GMA\.NUM_CLASSES"):
-        scoring.score_weights(config, ALONE, Precision("fp32", "cpu"), fresh)
+        scoring.score_weights(config, ALONE, FP32, fresh)
 
 
 @pytest.mark.slow
@@ -283,7 +284,16 @@ def test_error_for_no_weights_knows_the_best_of_the_run(trained, score):
 
 
 def test_random_weights_are_scored_where_asked_for(report):
-    assert report("--random-weights")["images"] == 17
+    found = report("--random-weights", "--precision", "bf16")
+    told = {name: found[name] for name in ("images", "ranks", "precision", "weights", "ema")}
+    assert told == {"images": 17, "ranks": 1, "precision": "bf16", "weights": "random", "ema": False}
+
+
+def test_images_of_a_second_are_those_of_the_whole_time(monkeypatch):
+    seconds = iter((3.0, 7.0))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    _, speed = scoring.score_timed(small_network(), to_score(batches(2, 4), images=8, rounds=2), ALONE, FP32)
+    assert speed == 8 / 4
 
 
 def test_random_weights_follow_the_seed(report):

@@ -70,6 +70,7 @@ def test_what_is_reported_is_what_is_asked_for_and_printed(call, segmentation_wo
     found = json.loads((tmp_path / "score.json").read_text())
     asked = {name: found[name] for name in ("ema", "sliding_window", "multi_scale")}
     assert asked == {"ema": which == "ema", "sliding_window": False, "multi_scale": False, flag: True}
+    assert f" * mIoU {found['miou']:.3f} mAcc {found['macc']:.3f} aAcc {found['aacc']:.3f}\n" in result.stdout
     for name, scores in found["classes"].items():
         assert f"{name:24} IoU {scores['iou']:7.3f} Acc {scores['acc']:7.3f}\n" in result.stdout
 
