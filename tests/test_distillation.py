@@ -168,6 +168,16 @@ def test_a_teacher_that_does_not_fit_is_refused_in_a_line(taught, values, classe
     assert "\n" not in str(error.value)
 
 
+def test_labels_are_mixed_over_the_classes_of_the_network_with_and_without_a_teacher(taught):
+    path, network = taught
+    for teacher in ("", path):
+        config = teacher_config(teacher, MODEL__GMA__NUM_CLASSES=0, AUG__MIXUP=0.8)
+        mix = classification().build_batch_transform(config, network, FP32)
+        images, targets = mix(torch.rand(2, 3, 64, 64), torch.tensor([0, 2]))
+        labels = targets[0] if teacher else targets
+        assert images.shape == (2, 3, 64, 64) and labels.shape == (2, 3)
+
+
 def test_a_teacher_of_other_classes_is_refused(taught):
     path, _ = taught
     check_teacher(teacher_config(path), ["a", "b", "c"])
