@@ -768,9 +768,24 @@ def test_an_odd_batch_is_taken_where_nothing_mixes():
 
 @pytest.mark.parametrize("interpolation", ["lanczos", "nearest"])
 def test_fast_loading_is_refused_where_torch_has_no_such_filter(interpolation):
-    check(configured(DATA__INTERPOLATION=interpolation))
+    settings = {"DATA__INTERPOLATION": interpolation, "AUG__AUTO_AUGMENT": "none"}
+    check(configured(**settings))
     with pytest.raises(UserError, match=rf"DATA\.LOADING fast .* DATA\.INTERPOLATION {interpolation}"):
-        check(configured(DATA__INTERPOLATION=interpolation, DATA__LOADING="fast"))
+        check(configured(**settings, DATA__LOADING="fast"))
+
+
+@pytest.mark.parametrize("augmentation", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original"])
+def test_augmentation_that_rotates_is_refused_with_lanczos_which_cannot(augmentation):
+    settings = {"AUG__AUTO_AUGMENT": augmentation}
+    for interpolation in ("bicubic", "bilinear", "nearest"):
+        check(configured(**settings, DATA__INTERPOLATION=interpolation))
+    check_to_score(configured(**settings, DATA__INTERPOLATION="lanczos"))
+    for others in ("none", "3a"):
+        check(configured(AUG__AUTO_AUGMENT=others, DATA__INTERPOLATION="lanczos"))
+    with pytest.raises(
+        UserError, match=rf"DATA\.INTERPOLATION lanczos cannot rotate, as AUG\.AUTO_AUGMENT {augmentation}"
+    ):
+        check(configured(**settings, DATA__INTERPOLATION="lanczos"))
 
 
 @pytest.mark.parametrize("table", ["_CHOICES", "_RANGES", "_FIXED", "_KINDS", "_OPTIONAL"])

@@ -435,10 +435,15 @@ def check(config: CfgNode) -> None:
             f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} is odd, but mixup and cutmix pair the images: "
             "use an even one, or set AUG.MIXUP and AUG.CUTMIX to 0"
         )
+    if config.DATA.INTERPOLATION == "lanczos" and config.AUG.AUTO_AUGMENT not in ("none", "3a"):
+        raise UserError(
+            f"DATA.INTERPOLATION lanczos cannot rotate, as AUG.AUTO_AUGMENT {config.AUG.AUTO_AUGMENT} does: "
+            "choose bicubic or bilinear, or AUG.AUTO_AUGMENT none"
+        )
 
 
 def check_to_score(config: CfgNode) -> None:
-    """As `check`, for a classifier that is scored and not trained: its batches need not be pairs.
+    """As `check`, for a classifier that is scored and not trained: nothing is mixed or rotated.
 
     Raises:
         UserError: Naming the key and what to do.
