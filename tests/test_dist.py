@@ -41,6 +41,7 @@ from utils.dist import (
 from utils.engine import Watch, evaluate, train_one_epoch
 from utils.errors import BrokenDataError, LostRankError, Stopped, UserError
 from utils.precision import Precision
+from utils.trainer import share_gradients
 
 FP32 = Precision("fp32", "cpu")
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -218,6 +219,7 @@ def meet():
         norm.running_mean.fill_(world.rank + 5)
         broadcast_buffers(norm)
         seen["buffers"] = norm.running_mean.tolist()
+        seen["own_statistics"] = keep_own_statistics(world)
         seen |= train_shares(world)
         seen["pauses"] = [pauses_before_a_fork()]
     seen["pauses"].append(pauses_before_a_fork())
@@ -327,6 +329,16 @@ def in_ddp(network, steps, world, config=None, **others):
     return training_of(network, steps, config, world=world, model=DistributedDataParallel(network), **others)
 
 
+def keep_own_statistics(world):
+    """A batch norm's running mean of ranks that started with other ones, after two steps of training."""
+    network = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1, momentum=0.0))
+    model = share_gradients(network, world)
+    network[1].running_mean.fill_(world.rank + 5)
+    for _ in range(2):
+        model(torch.randn(2, 1)).sum().backward()
+    return network[1].running_mean.tolist()
+
+
 def train_shares(world):
     network, config = small_network(), plain_training(TRAIN__ACCUMULATION_STEPS=2, DATA__BATCH_SIZE=2)
     share = fine((images[world.rank :: 2], targets[world.rank :: 2]) for images, targets, _ in batches(5, 4))
@@ -388,6 +400,11 @@ def test_what_fails_on_one_rank_fails_on_all(pair):
 @pytest.mark.slow
 def test_buffers_are_rank_0s_everywhere(pair):
     assert [seen["buffers"] for seen in pair] == [[5, 5], [5, 5]]
+
+
+@pytest.mark.slow
+def test_training_exchanges_no_running_statistics(pair):
+    assert [seen["own_statistics"] for seen in pair] == [[5], [6]]
 
 
 @pytest.mark.slow

@@ -118,13 +118,7 @@ def build_training(
     ema = build_ema(config, network)
     if task.compile and config.TRAIN.COMPILE:
         task.compile(network)
-    model: nn.Module = network
-    if world.size > 1:
-        model = DistributedDataParallel(
-            network,
-            device_ids=[world.device.index] if on_gpus else None,
-            gradient_as_bucket_view=True,
-        )
+    model = share_gradients(network, world) if world.size > 1 else network
     scaler = precision.grad_scaler()
     leaves_out = scaler.is_enabled() or config.TRAIN.ON_NONFINITE == "skip"
     return Training(
@@ -146,6 +140,18 @@ def build_training(
         seed=config.SEED,
         progress=Progress(),
     )
+
+
+def share_gradients(network: nn.Module, world: World) -> DistributedDataParallel:
+    """A network as several ranks train it; every rank must call.
+
+    Running statistics are each rank's own until `evaluate_epoch` gives all of them rank 0's: no step of training reads
+    them, and torch would exchange them before each.
+    """
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+    model.broadcast_buffers = False  # as an argument it is deprecated, and its successor new in torch 2.14
+    return model
 
 
 def make_folder(folder: Path, training: Training, keep: int) -> None:
