@@ -193,10 +193,11 @@ def attention_context(k: Tensor, v: Tensor) -> Tensor:
 
     In fp16 it is computed in float32: of many tokens the weights, about 1/N, fall below fp16's normal numbers.
     """
+    k = k.transpose(1, 2)  # the product takes the softmax of [B, heads, N, head_dim] without another copy
     if not torch.jit.is_scripting() and v.dtype == torch.float16 and v.device.type != "meta":
         with torch.autocast(v.device.type, enabled=False):
-            return torch.einsum("bnhk,bnhv->bhkv", k.float().softmax(dim=1), v.float()).to(v.dtype)
-    return torch.einsum("bnhk,bnhv->bhkv", k.softmax(dim=1), v)
+            return torch.einsum("bhnk,bnhv->bhkv", k.float().softmax(dim=2), v.float()).to(v.dtype)
+    return torch.einsum("bhnk,bnhv->bhkv", k.softmax(dim=2), v)
 
 
 class GroupMixAttention(nn.Module):

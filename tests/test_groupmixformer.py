@@ -392,6 +392,15 @@ class TestAttentionContext:
         assert context.dtype == dtype
         assert relative_error(context, exact) < 2 * torch.finfo(dtype).eps
 
+    def test_of_keys_the_softmax_alone_is_kept_for_the_way_back(self):
+        kept = {}
+        k, v = (torch.randn(2, 9, 3, 4, requires_grad=True) for _ in range(2))
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
+        ):
+            attention_context(k, v)
+        assert sum(tensor.numel() for tensor in kept.values()) == k.numel() + v.numel()
+
     def test_shapes_of_half_networks_can_be_told_without_computing(self):
         model = small_model().half().to("meta")
         assert model(torch.empty(2, 3, 64, 64, dtype=torch.float16, device="meta")).shape == (2, 7)
