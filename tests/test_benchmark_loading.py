@@ -66,6 +66,25 @@ def test_all_ways_of_loading_are_measured_stage_by_stage(measure):
     assert {row.count("|") for row in rows[2:] if row.startswith("|")} == {5}
 
 
+def test_grey_images_are_loaded_as_grey_in_every_way(root):
+    ways = loading_ways(load_config(ROOT / "configs" / "digits.yaml"))
+    path = next(str(path) for path in root.rglob("*.jpg"))
+    shapes = {}
+    for name, way in ways.items():
+        value = path
+        for step in way.stages.values():
+            value = step(value)
+        shapes[name] = tuple(value.shape)
+    assert shapes == dict.fromkeys(("published", "exact", "fast"), (1, 32, 32))
+
+
+def test_a_recipe_that_fast_loading_cannot_do_is_refused():
+    config = load_config(RECIPE)
+    config.DATA.INTERPOLATION = "nearest"
+    with pytest.raises(UserError, match=r"DATA\.LOADING fast cannot resize"):
+        loading_ways(config)
+
+
 def test_no_more_images_are_looked_at_than_are_loaded(root):
     for path in root.rglob("*.jpg"):
         path.unlink()

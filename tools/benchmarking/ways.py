@@ -18,7 +18,8 @@ from torchvision.transforms import Compose
 from yacs.config import CfgNode
 
 from data.build import collate
-from data.transforms import Transform, train_settings, train_transform
+from data.transforms import Transform, image_mode, train_settings, train_transform
+from utils.config import check
 
 STAGES = ("seed", "read", "decode", "crop and resize", "augment", "to tensor", "collate")
 
@@ -33,7 +34,11 @@ class Way:
 
 
 def loading_ways(config: CfgNode) -> dict[str, Way]:
-    """The ways of loading by name, with the augmentation of a configuration."""
+    """The ways of loading by name, with the augmentation of a configuration.
+
+    Raises:
+        UserError: If DATA.LOADING fast cannot do it.
+    """
     aug = config.AUG
     published = create_transform(
         **train_settings(config),
@@ -47,7 +52,7 @@ def loading_ways(config: CfgNode) -> dict[str, Way]:
         "published": Way(
             {
                 "read": _read,
-                "decode": _convert,
+                "decode": partial(_convert, image_mode(config)),
                 "crop and resize": published[0],
                 "augment": Compose(published[1:ends_at]),
                 "to tensor": Compose(published[ends_at:]),
@@ -59,6 +64,7 @@ def loading_ways(config: CfgNode) -> dict[str, Way]:
     for name in ("exact", "fast"):
         config = config.clone()
         config.DATA.LOADING = name
+        check(config)
         transform = train_transform(config)
         first, *others, last = transform.augment.transforms
         stages = {
@@ -76,8 +82,8 @@ def _read(path: str) -> io.BytesIO:
     return io.BytesIO(Path(path).read_bytes())
 
 
-def _convert(file: io.BytesIO) -> Image.Image:
-    return Image.open(file).convert("RGB")
+def _convert(mode: str, file: io.BytesIO) -> Image.Image:
+    return Image.open(file).convert(mode)
 
 
 def _decode(transform: Transform, file: io.BytesIO) -> Image.Image:
