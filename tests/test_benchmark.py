@@ -7,9 +7,11 @@ from argparse import Namespace
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from timm.layers import DropPath
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,13 +26,14 @@ from tools.benchmarking.chart import draw_chart
 from tools.benchmarking.cost import count_work, peak_memory
 from tools.benchmarking.literal import LiteralGroupMixFormer
 from tools.benchmarking.measure import Result, Settings, measure
-from tools.benchmarking.networks import in_form
+from tools.benchmarking.networks import build_network, in_form
 from tools.benchmarking.report import as_json, markdown
 from tools.benchmarking.subjects import Step, Subject, plan
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
 MACHINE = {"cpu": "a processor", "cores": 2, "threads": 1, "torch": "2"}
+FORMS = {"fused": False, "recomputed": False}
 OURS = Subject("ours", "plain", "infer", "fp32", False, 4)
 
 
@@ -88,13 +91,30 @@ class TestLiteralForm:
 class TestPlan:
     def test_ours_is_always_measured_beside_its_eager_literal_form(self):
         networks = {"ours": tiny(), "peer": small_net()}
-        labels = [subject.label for subject in plan(networks, ["infer"], ["fp32"], [2], compiled=True, fused=False)]
+        labels = [subject.label for subject in plan(networks, ["infer"], ["fp32"], [2], compiled=True, **FORMS)]
         assert labels == ["ours literal", "ours", "ours compiled", "peer", "peer compiled"]
 
     def test_the_fused_form_is_for_inference_only(self):
-        subjects = plan({"ours": tiny()}, ["infer", "train"], ["fp32", "bf16"], [1, 2], compiled=False, fused=True)
+        subjects = plan(
+            {"ours": tiny()}, ["infer", "train"], ["fp32", "bf16"], [1, 2], compiled=False, **FORMS | {"fused": True}
+        )
         assert {subject.mode for subject in subjects if subject.form == "fused"} == {"infer"}
         assert len(subjects) == len(set(subjects)) == 4 * 3 + 4 * 2
+
+    def test_the_recomputed_form_is_for_training_only_and_eager(self):
+        settings = {"compiled": True, "fused": False, "recomputed": True}
+        subjects = plan({"ours": tiny(), "peer": small_net()}, ["infer", "train"], ["fp32"], [2], **settings)
+        (recomputed,) = [subject for subject in subjects if subject.form == "recomputed"]
+        assert (recomputed.network, recomputed.mode, recomputed.compiled) == ("ours", "train", False)
+
+    def test_networks_are_built_without_drop_path_whatever_their_default(self):
+        network = build_network("swin_tiny_patch4_window7_224", 224)
+        assert any(
+            module.drop_prob
+            for module in timm.create_model("swin_tiny_patch4_window7_224").modules()
+            if isinstance(module, DropPath)
+        )
+        assert not any(module.drop_prob for module in network.modules() if isinstance(module, DropPath))
 
 
 class TestStep:
@@ -136,6 +156,16 @@ class TestStep:
         assert not any(isinstance(module, FusedProxy) for module in network.modules())
         x = images(1, 32, 32)
         torch.testing.assert_close(fused(x), network(x))
+
+    def test_the_recomputed_form_takes_the_same_step_in_less_memory(self):
+        memory, weights = {}, {}
+        for form in ("plain", "recomputed"):
+            step = Step(replace(OURS, form=form, mode="train"), tiny(), 64, CPU)
+            step()
+            weights[form] = step._network.state_dict()["head.fc.weight"].clone()
+            memory[form] = peak_memory(step, CPU)
+        assert torch.equal(weights["plain"], weights["recomputed"])
+        assert memory["recomputed"] < 0.8 * memory["plain"]
 
 
 class TestCost:
@@ -211,12 +241,14 @@ class TestRounds:
         assert times == {"other": [1.0] * 3}
         assert failures == {"greedy": "out of memory"} and len(calls) == 3
 
-    def test_another_error_is_not_taken_for_a_lack_of_memory(self, clock):
+    @pytest.mark.parametrize("kind", [RuntimeError, ValueError, KeyError])
+    def test_another_error_is_told_and_leaves_the_others_going_too(self, clock, kind):
         def broken():
-            raise RuntimeError("shapes do not fit")
+            raise kind("shapes do not fit")
 
-        with pytest.raises(RuntimeError, match="shapes"):
-            timing.interleave({"broken": broken}, 1, 1.0, CPU)
+        times, failures = timing.interleave({"broken": broken, "other": lambda: 1.0}, 2, 1.0, CPU)
+        assert times == {"other": [1.0] * 2}
+        assert "shapes do not fit" in failures["broken"]
 
     def test_the_clock_gives_seconds_of_one_call(self, monkeypatch):
         moments = iter([5.0, 11.0])
@@ -248,7 +280,7 @@ class TestMeasure:
 
     def test_every_subject_has_its_rounds_and_the_ceilings_of_its_group(self):
         networks = {"ours": tiny(), "peer": small_net()}
-        subjects = plan(networks, ["infer", "train"], ["fp32", "bf16"], [2], compiled=False, fused=False)
+        subjects = plan(networks, ["infer", "train"], ["fp32", "bf16"], [2], compiled=False, **FORMS)
         results = measure(networks, subjects, self.SETTINGS, say=str)
         assert [r.subject for r in results] == subjects
         for r in results:
@@ -267,10 +299,29 @@ class TestMeasure:
                 return x
 
         networks = {"greedy": Greedy(), "peer": small_net()}
-        subjects = plan(networks, ["infer"], ["fp32"], [2], compiled=False, fused=False)
+        subjects = plan(networks, ["infer"], ["fp32"], [2], compiled=False, **FORMS)
         greedy, peer = measure(networks, subjects, self.SETTINGS, say=str)
         assert (greedy.failure, greedy.rounds_s) == ("out of memory", [])
         assert len(peer.rounds_s) == 2 and not peer.failure
+
+    def test_a_network_that_cannot_do_a_step_is_reported_and_its_other_steps_are_measured(self, tmp_path):
+        """Batch norms behind the pooling cannot be trained on one image."""
+        networks = {"peer": nn.Sequential(small_net(), nn.BatchNorm1d(2))}
+        subjects = plan(networks, ["infer", "train"], ["fp32"], [1], compiled=False, **FORMS)
+        inferred, trained = results = measure(networks, subjects, self.SETTINGS, say=str)
+        assert len(inferred.rounds_s) == 2 and not inferred.failure
+        assert "Expected more than 1 value" in trained.failure and not trained.rounds_s
+        assert trained.failure in markdown(results, None, MACHINE, 32)
+        draw_chart(results, tmp_path / "speed.png", MACHINE)
+
+    def test_a_ceiling_that_cannot_be_measured_ends_in_one_line(self, monkeypatch):
+        def greedy():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr("tools.benchmarking.measure.ceilings", lambda *_: {"fp32": (greedy, 1.0)})
+        subjects = plan({"peer": small_net()}, ["infer"], ["fp32"], [1], compiled=False, **FORMS)
+        with pytest.raises(UserError, match=r"the ceiling of fp32 cannot be measured \(out of memory\)"):
+            measure({"peer": small_net()}, subjects, self.SETTINGS, say=str)
 
     def test_compiled_inference_on_a_cpu_is_of_whole_networks_with_frozen_weights(self, monkeypatch):
         compiled = []
@@ -281,7 +332,7 @@ class TestMeasure:
 
         monkeypatch.setattr(torch, "compile", compile_)
         networks = {"ours": tiny(), "peer": small_net()}
-        subjects = plan(networks, ["infer"], ["fp32"], [2], compiled=True, fused=False)
+        subjects = plan(networks, ["infer"], ["fp32"], [2], compiled=True, **FORMS)
         assert len(measure(networks, subjects, self.SETTINGS, say=str)) == 5
         assert compiled == [(GroupMixFormer, True), (nn.Sequential, True)]
         assert not torch._inductor.config.freezing
@@ -360,6 +411,9 @@ class TestProgram:
             (["--batch-size", "8", "0"], "--batch-size: 0"),
             (["--rounds", "0"], "--rounds: 0"),
             (["--seconds", "0"], "--seconds 0"),
+            (["--seconds", "inf"], "--seconds inf"),
+            (["--loader", "--data-path", ".", "--gpu-speed", "100", "nan"], "--gpu-speed nan"),
+            (["--loader", "--data-path", ".", "--gpu-speed", "inf"], "--gpu-speed inf"),
             (["--json", "no/such/folder/f.json"], "--json no/such/folder/f.json"),
             (["--png", "speed.jpg"], "--png speed.jpg: end the name in .png"),
             (["--profile", __file__], f"--profile {__file__}: is a file"),

@@ -12,7 +12,7 @@ All networks of a mode and batch size take turns with a large matrix product and
 drifts changes ratios little. Weights and images are random.
 
 --compile measures each network with torch.compile too: ours block by block, others whole; inference on a CPU whole and
-with inductor's freezing. Networks have no drop path here, with which less of a block is compiled. The first step's time
+with inductor's freezing. Networks have no drop path here, by which less of a block is compiled. The first step's time
 is as inductor's cache on disk allows.
 
 --loader measures the loading of training images instead, stage by stage on one core and whole with worker processes, as
@@ -21,6 +21,7 @@ flags of its own: --loader --help tells them.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,10 @@ def parse() -> argparse.Namespace:
     else:
         add_network_arguments(parser)
     arguments = parser.parse_args()
-    if arguments.loader and min(arguments.gpu_speed, default=1) < 1:
-        raise UserError(f"--gpu-speed {min(arguments.gpu_speed)}: give at least 1")
-    if not arguments.loader and not arguments.seconds > 0:
+    for speed in getattr(arguments, "gpu_speed", ()):
+        if not 1 <= speed < math.inf:
+            raise UserError(f"--gpu-speed {speed}: give at least 1")
+    if not arguments.loader and not 0 < arguments.seconds < math.inf:
         raise UserError(f"--seconds {arguments.seconds}: give more than 0")
     profile = getattr(arguments, "profile", None)
     if profile and profile.exists() and not profile.is_dir():
@@ -81,6 +83,7 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--compile", action="store_true", help="with torch.compile too")
     parser.add_argument("--fused", action="store_true", help="ours in the form of models/fuse.py too, for inference")
+    parser.add_argument("--recompute", action="store_true", help="ours with TRAIN.RECOMPUTE cheap too, in training")
     parser.add_argument("--batch-size", nargs="+", type=at_least(1), default=[8], metavar="N", help="images of a step")
     parser.add_argument(
         "--img-size", type=at_least(1), default=224, metavar="N", help="their height and width (default 224)"
@@ -124,7 +127,13 @@ def benchmark_networks(arguments: argparse.Namespace) -> None:
     names = dict.fromkeys([arguments.model, *arguments.vs])
     networks = {name: build_network(name, arguments.img_size) for name in names}
     subjects = plan(
-        networks, arguments.mode, arguments.precision, arguments.batch_size, arguments.compile, arguments.fused
+        networks,
+        arguments.mode,
+        arguments.precision,
+        arguments.batch_size,
+        compiled=arguments.compile,
+        fused=arguments.fused,
+        recomputed=arguments.recompute,
     )
     settings = Settings(device, arguments.img_size, arguments.rounds, arguments.seconds, arguments.profile)
     results = measure(networks, subjects, settings, say=lambda line: print(line, file=sys.stderr))

@@ -14,7 +14,8 @@ from tools.benchmarking.cost import count_work, peak_memory
 from tools.benchmarking.networks import as_counted
 from tools.benchmarking.profiling import write_profile
 from tools.benchmarking.subjects import Step, Subject
-from tools.benchmarking.timing import first_result, interleave, out_of_memory
+from tools.benchmarking.timing import first_result, interleave, why_it_failed
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,12 @@ def _measure_group(
         say(f"first steps of {result.subject}")
         try:
             steps[result.subject] = _warm(result, networks[result.subject.network], settings)
-        except RuntimeError as error:
-            result.failure = out_of_memory(error)
+        except Exception as error:  # of whatever network; it must not take the others' numbers with it
+            result.failure = why_it_failed(error)
     say(f"{settings.rounds} rounds of all {len(results)}")
     times, failures = interleave(steps, settings.rounds, settings.seconds, device)
+    if lost := [name for name in limits if name in failures]:
+        raise UserError(f"the ceiling of {lost[0]} cannot be measured ({failures[lost[0]]}): free the device")
     best = {name: [work / seconds for seconds in times[name]] for name, (_, work) in limits.items()}
     for result in results:
         result.rounds_s = times.get(result.subject, [])

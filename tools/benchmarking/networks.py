@@ -5,6 +5,7 @@ import difflib
 
 import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 import models  # noqa: F401  (registers ours with timm)
@@ -14,11 +15,11 @@ from models.groupmixformer import GroupMixFormer
 from tools.benchmarking.literal import LiteralGroupMixFormer
 from utils.errors import UserError, reason
 
-PLAIN, LITERAL, FUSED = "plain", "literal", "fused"
+PLAIN, LITERAL, FUSED, RECOMPUTED = "plain", "literal", "fused", "recomputed"
 
 
 def build_network(name: str, size: int) -> nn.Module:
-    """A network by its name in timm, ours among them, with fresh weights and for images of a size.
+    """A network by its name in timm, ours among them, with fresh weights, for images of a size and without drop path.
 
     Raises:
         UserError: If there is none of that name, or it cannot take such images.
@@ -35,14 +36,18 @@ def build_network(name: str, size: int) -> nn.Module:
             copy.deepcopy(network).eval().to("meta")(torch.empty(1, 3, size, size, device="meta"))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{name} cannot be run on {size} x {size} images ({reason(error)}): choose others") from None
+    for module in network.modules():
+        if isinstance(module, DropPath):  # Swin's default is 0.1, others' 0
+            module.drop_prob = 0.0
     return network
 
 
-def forms_of(network: nn.Module, fused: bool, mode: str) -> tuple[str, ...]:
+def forms_of(network: nn.Module, fused: bool, recomputed: bool, mode: str) -> tuple[str, ...]:
     """The forms that a network is measured in; the literal one of ours always, as all others are compared with it."""
     if not isinstance(network, GroupMixFormer):
         return (PLAIN,)
-    return (LITERAL, PLAIN, FUSED) if fused and mode == "infer" else (LITERAL, PLAIN)
+    more = {"infer": (FUSED,) if fused else (), "train": (RECOMPUTED,) if recomputed else ()}
+    return (LITERAL, PLAIN, *more[mode])
 
 
 def as_counted(network: nn.Module) -> nn.Module:
@@ -55,6 +60,8 @@ def in_form(network: nn.Module, form: str) -> nn.Module:
     if form == FUSED:
         return fuse(network)
     network = copy.deepcopy(network)
+    if form == RECOMPUTED:
+        network.set_grad_checkpointing(recompute="cheap")
     return LiteralGroupMixFormer(network) if form == LITERAL else network
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tools.benchmarking.networks import LITERAL, PLAIN, compile_network, forms_of, in_form
+from tools.benchmarking.networks import LITERAL, PLAIN, RECOMPUTED, compile_network, forms_of, in_form
 from utils.precision import Precision
 
 _BATCHES = 3  # distinct ones, so that no cache holds the images from step to step
@@ -20,7 +20,7 @@ class Subject:
 
     Attributes:
         network: Its name.
-        form: 'plain', 'literal' or 'fused'.
+        form: 'plain', 'literal', 'fused' or 'recomputed'.
         mode: 'infer' or 'train'.
         precision: 'fp32', 'bf16' or 'fp16'.
         compiled: Whether torch.compile is used.
@@ -51,6 +51,7 @@ def plan(
     batch_sizes: Sequence[int],
     compiled: bool,
     fused: bool,
+    recomputed: bool,
 ) -> list[Subject]:
     """All subjects of a run, each once, in the order of the tables.
 
@@ -59,15 +60,17 @@ def plan(
         modes: 'infer' and 'train', or one of them.
         precisions: Of 'fp32', 'bf16' and 'fp16'.
         batch_sizes: Images of a step.
-        compiled: Whether all but the literal form, which is a baseline, are measured with torch.compile too.
+        compiled: Whether all but the literal form, which is a baseline, and the recomputed one, which does not fit, are
+            measured with torch.compile too.
         fused: Whether ours is measured in its fused form too.
+        recomputed: Whether ours is trained with activations that are recomputed, too.
     """
     subjects = [
         Subject(name, form, mode, precision, with_compile, batch_size)
         for mode, precision, batch_size in itertools.product(modes, precisions, batch_sizes)
         for name, network in networks.items()
-        for form in forms_of(network, fused, mode)
-        for with_compile in ((False, True) if compiled and form != LITERAL else (False,))
+        for form in forms_of(network, fused, recomputed, mode)
+        for with_compile in ((False, True) if compiled and form not in (LITERAL, RECOMPUTED) else (False,))
     ]
     return list(dict.fromkeys(subjects))
 

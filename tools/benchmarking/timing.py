@@ -43,7 +43,7 @@ def interleave(
     """Times each step in each round; the order moves on by one from round to round.
 
     Args:
-        steps: What to time, warm already; those that run out of memory are taken out of it.
+        steps: What to time, warm already; those that fail are taken out of it.
         rounds: Measurements of each step.
         seconds: How long a measurement lasts about.
         device: Where the steps compute.
@@ -56,8 +56,8 @@ def interleave(
     def guarded(key: Key, calls: int) -> float:
         try:
             return time_calls(steps[key], calls, device)
-        except RuntimeError as error:
-            failures[key] = out_of_memory(error)
+        except Exception as error:  # of whatever network; it must not take the others' numbers with it
+            failures[key] = why_it_failed(error)
             steps.pop(key)
             return seconds
 
@@ -76,14 +76,8 @@ def in_turn(keys: Iterable[Key], turn: int) -> list[Key]:
     return order[shift:] + order[:shift]
 
 
-def out_of_memory(error: RuntimeError) -> str:
-    """Says that memory ran out.
-
-    Raises:
-        RuntimeError: The error itself, if it is another.
-    """
-    text = reason(error)
-    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
-        raise error
+def why_it_failed(error: Exception) -> str:
+    """What became of a step, in a few words where memory ran out and else in a line."""
     torch.cuda.empty_cache()  # does nothing where CUDA was not used
-    return "out of memory"
+    text = reason(error)
+    return "out of memory" if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text else text
