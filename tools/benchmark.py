@@ -64,9 +64,9 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     for speed in getattr(arguments, "gpu_speed", ()):
         if not 1 <= speed < math.inf:
-            raise UserError(f"--gpu-speed {speed}: give at least 1")
+            raise UserError(f"--gpu-speed {speed}: give a finite number, at least 1")
     if not arguments.loader and not 0 < arguments.seconds < math.inf:
-        raise UserError(f"--seconds {arguments.seconds}: give more than 0")
+        raise UserError(f"--seconds {arguments.seconds}: give a finite number above 0")
     profile = getattr(arguments, "profile", None)
     if profile and profile.exists() and not profile.is_dir():
         raise UserError(f"--profile {profile}: is a file; name a folder")

@@ -60,9 +60,11 @@ def in_form(network: nn.Module, form: str) -> nn.Module:
     if form == FUSED:
         return fuse(network)
     network = copy.deepcopy(network)
+    if form == LITERAL:
+        return LiteralGroupMixFormer(network)
     if form == RECOMPUTED:
         network.set_grad_checkpointing(recompute="cheap")
-    return LiteralGroupMixFormer(network) if form == LITERAL else network
+    return network
 
 
 def compile_network(network: nn.Module, whole: bool) -> nn.Module:
