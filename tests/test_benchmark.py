@@ -314,14 +314,32 @@ class TestMeasure:
         assert trained.failure in markdown(results, None, MACHINE, 32)
         draw_chart(results, tmp_path / "speed.png", MACHINE)
 
-    def test_a_ceiling_that_cannot_be_measured_ends_in_one_line(self, monkeypatch):
-        def greedy():
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-        monkeypatch.setattr("tools.benchmarking.measure.ceilings", lambda *_: {"fp32": (greedy, 1.0)})
+    def test_a_device_without_room_for_its_ceilings_is_told_of_before_anything_is_measured(self, monkeypatch):
+        monkeypatch.setitem(ceiling._COPIED, "cpu", 2**60)
         subjects = plan({"peer": small_net()}, ["infer"], ["fp32"], [1], compiled=False, **FORMS)
-        with pytest.raises(UserError, match=r"the ceiling of fp32 cannot be measured \(out of memory\)"):
-            measure({"peer": small_net()}, subjects, self.SETTINGS, say=str)
+        lines = []
+        with pytest.raises(UserError, match=r"the ceilings cannot be measured \(out of memory\): free the device"):
+            measure({"peer": small_net()}, subjects, self.SETTINGS, say=lines.append)
+        assert not lines
+
+    def test_a_ceiling_that_fails_later_leaves_the_numbers_of_other_modes(self, monkeypatch):
+        product, calls = torch.mm, []
+
+        def failing(*arguments, **settings):
+            if calls:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return product(*arguments, **settings)
+
+        monkeypatch.setattr(torch, "mm", failing)
+        subjects = plan({"peer": small_net()}, ["infer", "train"], ["fp32"], [1], compiled=False, **FORMS)
+
+        def say(line):
+            calls.extend([line] if ", train" in line else [])
+
+        inferred, trained = results = measure({"peer": small_net()}, subjects, self.SETTINGS, say=say)
+        assert len(inferred.rounds_s) == 2 and not inferred.failure
+        assert (trained.failure, trained.rounds_s) == ("no ceiling of fp32: out of memory", [])
+        assert trained.failure in markdown(results, None, MACHINE, 32)
 
     def test_compiled_inference_on_a_cpu_is_of_whole_networks_with_frozen_weights(self, monkeypatch):
         compiled = []

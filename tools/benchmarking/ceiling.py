@@ -9,8 +9,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns
 _COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes, far more than a cache holds
 
+Ceilings = dict[str, tuple[Callable[[], object], float]]  # a step and its work, by name
 
-def ceilings(precisions: set[str], device: torch.device) -> dict[str, tuple[Callable[[], object], float]]:
+
+def ceilings(precisions: set[str], device: torch.device) -> Ceilings:
     """Steps that reach the machine's ceilings, to be timed as all others are.
 
     Args:
@@ -21,7 +23,7 @@ def ceilings(precisions: set[str], device: torch.device) -> dict[str, tuple[Call
         For each precision, and for 'copy', a step and its work: FLOPs (two for a multiply-add), or bytes read and
         written.
     """
-    steps: dict[str, tuple[Callable[[], object], float]] = {}
+    steps: Ceilings = {}
     size = _MATRIX[device.type]
     for precision in sorted(precisions):
         # Random numbers: zeros take less power, and are multiplied faster than real data.

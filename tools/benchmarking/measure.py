@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tools.benchmarking.ceiling import COPY, ceilings
+from tools.benchmarking.ceiling import COPY, Ceilings, ceilings
 from tools.benchmarking.cost import count_work, peak_memory
 from tools.benchmarking.networks import as_counted
 from tools.benchmarking.profiling import write_profile
@@ -115,7 +115,11 @@ def measure(
 
     Returns:
         The result of each subject, in their order.
+
+    Raises:
+        UserError: If the device has no room for its own ceilings, before anything is measured.
     """
+    limits = _warm_ceilings({subject.precision for subject in subjects}, settings.device)
     work = {name: count_work(as_counted(network), settings.img_size) for name, network in networks.items()}
     results = {
         subject: Result(subject, *work[subject.network].of_step(subject.mode, subject.precision, subject.batch_size))
@@ -124,15 +128,28 @@ def measure(
     for mode, batch_size in dict.fromkeys((subject.mode, subject.batch_size) for subject in subjects):
         group = [r for r in results.values() if (r.subject.mode, r.subject.batch_size) == (mode, batch_size)]
         with _compiler(freezing=mode == "infer" and settings.device.type == "cpu"):
-            _measure_group(networks, group, settings, say)
+            _measure_group(networks, group, limits, settings, say)
     return list(results.values())
 
 
+def _warm_ceilings(precisions: set[str], device: torch.device) -> Ceilings:
+    try:
+        limits = ceilings(precisions, device)
+        for step, _ in limits.values():
+            first_result(step, device)
+    except Exception as error:
+        raise UserError(f"the ceilings cannot be measured ({why_it_failed(error)}): free the device") from error
+    return limits
+
+
 def _measure_group(
-    networks: Mapping[str, nn.Module], results: list[Result], settings: Settings, say: Callable[[str], None]
+    networks: Mapping[str, nn.Module],
+    results: list[Result],
+    limits: Ceilings,
+    settings: Settings,
+    say: Callable[[str], None],
 ) -> None:
     device = settings.device
-    limits = ceilings({result.subject.precision for result in results}, device)
     steps: dict[Subject | str, Callable[[], object]] = {name: step for name, (step, _) in limits.items()}
     for result in results:
         say(f"first steps of {result.subject}")
@@ -142,13 +159,16 @@ def _measure_group(
             result.failure = why_it_failed(error)
     say(f"{settings.rounds} rounds of all {len(results)}")
     times, failures = interleave(steps, settings.rounds, settings.seconds, device)
-    if lost := [name for name in limits if name in failures]:
-        raise UserError(f"the ceiling of {lost[0]} cannot be measured ({failures[lost[0]]}): free the device")
-    best = {name: [work / seconds for seconds in times[name]] for name, (_, work) in limits.items()}
+    failures |= {name: f"no ceiling of {name}: {failures[name]}" for name in limits if name in failures}
     for result in results:
-        result.rounds_s = times.get(result.subject, [])
-        result.failure = failures.get(result.subject, result.failure)
-        result.arithmetic_ceiling, result.copy_ceiling = best[result.subject.precision], best[COPY]
+        precision = result.subject.precision
+        needed = (result.subject, precision, COPY)
+        result.failure = next((failures[name] for name in needed if name in failures), result.failure)
+        if not result.failure:
+            result.rounds_s = times[result.subject]
+            result.arithmetic_ceiling, result.copy_ceiling = (
+                [limits[name][1] / seconds for seconds in times[name]] for name in (precision, COPY)
+            )
 
 
 def _warm(result: Result, network: nn.Module, settings: Settings) -> Step:
