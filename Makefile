@@ -51,7 +51,7 @@ demo-detection: .venv/.installed
 test: .venv/.installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu"
 
-# Without the tests that start whole programs.
+# Without the tests that are marked slow.
 test-fast: .venv/.installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu and not slow"
 

@@ -357,6 +357,7 @@ def test_a_list_of_just_as_many_lines_as_are_printed_is_whole(check, root):
     assert "more" not in check(root)[0].stdout
 
 
+@pytest.mark.slow
 def test_the_report_does_not_depend_on_the_number_of_workers(check, tmp_path, monkeypatch):
     root = fill(tmp_path / "D", {"ant": 70, "bee": 70}, {"ant": 40, "bee": 40})
     for number in (0, 30, 40, 139):

@@ -211,6 +211,7 @@ def test_compiled_code_answers_as_the_network(export, network, tmp_path):
 # timm
 
 
+@pytest.mark.slow
 def test_timm_makes_the_same_network_of_the_folder(export, network, tmp_path):
     result = export(tmp_path / "hub", "timm", "--license", "mit")
     assert result.code == 0, result.stderr
@@ -224,6 +225,7 @@ def test_timm_makes_the_same_network_of_the_folder(export, network, tmp_path):
     assert torch.equal(feature, network.forward_intermediates(noise(1, 3, 64, 48), [0], intermediates_only=True)[0])
 
 
+@pytest.mark.slow
 def test_a_folder_for_timm_may_name_classes_by_any_letters_and_is_readable(trained_file, tmp_path, ascii_locale):
     trained = replace(load_trained(trained_file), classes=None, labels=["Käse", *CLASSES[1:]])
     write_folder(trained, tmp_path / "hub", None)
@@ -232,6 +234,7 @@ def test_a_folder_for_timm_may_name_classes_by_any_letters_and_is_readable(train
     assert {path.stat().st_mode for path in (tmp_path / "hub").iterdir()} == {(tmp_path / "other").stat().st_mode}
 
 
+@pytest.mark.slow
 def test_timm_makes_the_networks_input_of_an_image(export, trained_file, tmp_path, tree):
     export(tmp_path / "hub", "timm")
     model = timm.create_model(f"local-dir:{tmp_path / 'hub'}")
@@ -262,11 +265,13 @@ def test_a_published_variant_is_found_by_its_tensors(export, tmp_path):
     assert not any(word in card for word in ("Accuracy", "How it was trained", "license:", "Versions"))
 
 
+@pytest.mark.slow
 def test_a_network_of_other_dims_is_no_variant(network):
     assert variant_of(network) is None
     assert variant_of(timm.create_model("groupmixformer_miny", depths=(3, 3, 12, 3), device="meta")) is None
 
 
+@pytest.mark.slow
 def test_a_model_card_says_what_the_checkpoint_tells(export, tmp_path):
     export(tmp_path / "hub", "timm", "--license", "cc-by-4.0")
     card = (tmp_path / "hub/README.md").read_text()
@@ -289,6 +294,7 @@ def test_a_model_card_says_what_the_checkpoint_tells(export, tmp_path):
     assert "someone" not in card and "Started from" not in card
 
 
+@pytest.mark.slow
 def test_a_model_card_claims_no_accuracy_for_other_weights_than_were_scored(export, tmp_path):
     export(tmp_path / "hub", "timm", "--weights", "model")
     card = (tmp_path / "hub/README.md").read_text()
@@ -298,6 +304,7 @@ def test_a_model_card_claims_no_accuracy_for_other_weights_than_were_scored(expo
 # Whole or not there
 
 
+@pytest.mark.slow
 def test_a_file_that_answers_otherwise_is_removed(export, tmp_path, monkeypatch):
     right = tools.exporting.timm_folder.open_folder
 

@@ -124,6 +124,7 @@ class TestAnswers:
                 errors = [relative_error(network.float()(x.float()), exact) for network in (fuse(model), model)]
         assert errors[0] < 2 * errors[1] + torch.finfo(dtype).eps
 
+    @pytest.mark.slow
     def test_compiled_they_are_the_same(self):
         model = fuse(trained_model())
         x = images(2, 64, 64).double()

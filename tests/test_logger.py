@@ -406,6 +406,7 @@ print([thread for thread in threading.enumerate() if "Logger" in type(thread).__
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_told_of_in_one_line_and_closing_does_not_fail(tmp_path):
     told = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert told.stdout == f"{tmp_path / 'metrics.jsonl'} cannot be written (File too large): free some space\n[]\n"

@@ -204,6 +204,7 @@ def test_numbered_checkpoints_are_those_of_their_epochs(trained, differences):
     assert not differences(trained.checkpoint(numbered[-1]), trained.checkpoint("last.pth"))
 
 
+@pytest.mark.slow
 def test_the_two_newest_checkpoints_are_kept_beside_those_of_every_so_many_epochs(train, tmp_path):
     run = train(tmp_path, "--batch-size", 24, opts="TRAIN.EPOCHS 9 SAVE_FREQ 3 KEEP 2 DATA.IMG_SIZE 32")
     assert sorted(path.name for path in run.folder.glob("ckpt_*")) == [f"ckpt_epoch_{epoch}.pth" for epoch in (6, 8, 9)]
@@ -249,6 +250,7 @@ def test_number_of_classes_comes_from_the_data(train, tmp_path):
 # Best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.6], ids=["without moving average", "with moving average"])
 def test_best_is_the_epoch_of_the_highest_accuracy(train, call, tmp_path, tree, tiny_config, differences, decay):
     # The learning rate rises until what was learned is lost again, so that the best epoch is not the last.
@@ -392,6 +394,7 @@ def test_stopped_run_goes_on_as_if_it_had_not_been(whole, train_long, tmp_path, 
     check_same_run(run, whole, differences)
 
 
+@pytest.mark.slow
 def test_resume_takes_the_named_file(whole, train_long, tmp_path, differences):
     run = train_long(tmp_path, "--resume", whole.folder / "ckpt_epoch_2.pth")
     check_same_weights(run, whole, differences)
@@ -405,6 +408,7 @@ def test_run_resumed_in_another_folder_has_a_best_checkpoint(whole, train_long, 
     assert run.checkpoint("best.pth")["best"] == run.checkpoint("last.pth")["best"]
 
 
+@pytest.mark.slow
 def test_best_epoch_of_another_run_is_not_taken_for_that_of_the_run_resumed(whole, train_long, tmp_path):
     folder = whole.stopped_after(EPOCHS, tmp_path)
     other = whole.checkpoint("best.pth")
@@ -452,6 +456,7 @@ def test_kill_amid_the_files_of_the_best_epoch_is_mended(whole, train_long, tmp_
     check_same_run(train_long(tmp_path), whole, differences)
 
 
+@pytest.mark.slow
 def test_resume_goes_before_the_last_checkpoint(whole, train_long, tmp_path, differences):
     named = whole.stopped_after(EPOCHS, tmp_path) / "ckpt_epoch_3.pth"
     run = train_long(tmp_path, "--resume", named)
@@ -466,12 +471,14 @@ def trained_weights(train, tmp_path_factory):
     return train(tmp_path_factory.mktemp("weights"), opts="TRAIN.EPOCHS 1 DATA.IMG_SIZE 32").folder / "last.pth"
 
 
+@pytest.mark.slow
 def test_resume_goes_before_pretrained_weights(whole, trained_weights, train_long, tmp_path, differences):
     named = ["--resume", whole.folder / "ckpt_epoch_3.pth", "--pretrained", trained_weights]
     run = train_long(tmp_path, *named, "--allow-changes")
     check_same_weights(run, whole, differences)
 
 
+@pytest.mark.slow
 def test_last_checkpoint_goes_before_pretrained_weights(train, trained_weights, tmp_path, differences):
     words = ["--pretrained", trained_weights, "--batch-size", 24]
     short = "TRAIN.EPOCHS 2 DATA.IMG_SIZE 32"
@@ -527,6 +534,7 @@ def test_other_settings_are_taken_and_told_of_where_that_is_allowed(whole, train
     assert change not in train_long(tmp_path, opts="TRAIN.WEIGHT_DECAY 0.3").result.stdout  # its settings by now
 
 
+@pytest.mark.slow
 def test_what_changes_no_result_may_differ(whole, train_long, tmp_path, differences):
     whole.stopped_after(3, tmp_path)
     free = "DATA.NUM_WORKERS 2 SAVE_FREQ 2 KEEP 1 PRINT_FREQ 3 TRAIN.SAVE_UPDATES 4 TRAIN.SAVE_MINUTES 0"
@@ -639,6 +647,7 @@ def test_bf16_trains_and_keeps_weights_in_fp32(one_epoch, plain, differences):
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+@pytest.mark.slow
 def test_fp16_scales_its_loss_and_resumes_exactly(train, tmp_path, differences, monkeypatch):
     from_above = partial(torch.amp.GradScaler, init_scale=2.0**40, backoff_factor=2.0**-25)
     monkeypatch.setattr(torch.amp, "GradScaler", from_above)
