@@ -142,6 +142,12 @@ def test_a_number_that_is_too_low_or_not_whole_is_refused(text):
     assert str(caught.value) == f"argument --rounds: {text}: give a whole number, at least 2: --help tells the flags"
 
 
+def test_a_parser_of_subcommands_takes_whatever_settings_argparse_gives_it():  # Python 3.14's gives `color`
+    kinds = Parser("A program.").add_subparsers()
+    kind = kinds.add_parser("kind", help="one", description="One of them.", epilog="The end.")
+    assert kind.format_help().endswith("The end.\n")
+
+
 def test_a_configuration_must_be_named():
     with pytest.raises(UserError, match="--cfg"):
         make_parser("A program.").parse_args([])

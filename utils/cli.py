@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
@@ -44,10 +44,9 @@ _MODEL_FILE = "groupmixformer.py"
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are one line as all others are, and which takes no abbreviations."""
 
-    def __init__(self, description: str, prog: str | None = None) -> None:
-        super().__init__(
-            prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+    def __init__(self, description: str, **settings: Any) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Raises what `run` turns into a line."""
