@@ -21,6 +21,7 @@ from data.finish import Normalize
 from data.transforms import eval_transform
 from models import GroupMixFormer
 from tools.exporting.capture import capture
+from tools.exporting.card import model_card
 from tools.exporting.checking import check_answers, sizes_to_check
 from tools.exporting.deployed import deploy
 from tools.exporting.draft import draft_of
@@ -65,7 +66,7 @@ def trained_file(tmp_path_factory) -> Path:
     state = {
         "model": GroupMixFormer(num_classes=6, **DIMS).state_dict(),
         "ema": filled(GroupMixFormer(num_classes=6, **DIMS)).state_dict(),
-        "progress": {"epoch": 4, "updates": 32, "images_per_update": 6, "ranks": 1},
+        "progress": {"epoch": 4, "place": 0, "updates": 32, "images_per_update": 6, "ranks": 1},
         "best": {"epoch": 3, "of": "ema", "acc1": 87.5},
         "config": config.dump(),
         "classes": CLASSES,
@@ -299,6 +300,14 @@ def test_a_model_card_claims_no_accuracy_for_other_weights_than_were_scored(expo
     export(tmp_path / "hub", "timm", "--weights", "model")
     card = (tmp_path / "hub/README.md").read_text()
     assert "Kind: weights as trained" in card and "87.5" not in card
+
+
+def test_a_model_card_claims_no_accuracy_of_the_best_epoch_for_updates_after_it(trained_file, tmp_path):
+    state = checkpoint.load(trained_file)
+    state["progress"] |= {"place": 3, "updates": 35}
+    checkpoint.save(state, tmp_path / "last.pth")
+    card = model_card(load_trained(tmp_path / "last.pth"), None, None)
+    assert "4 epochs, 35 updates" in card and "87.5" not in card
 
 
 # Whole or not there

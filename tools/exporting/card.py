@@ -92,8 +92,9 @@ def _weights(trained: Trained) -> dict[str, Any]:
     facts = {"File": trained.source.name, "Kind": of}
     if progress:
         facts["Trained for"] = f"{progress['epoch']} epochs, {progress['updates']:,} updates"
-    # The record is of the best epoch, numbered from 0; of later ones, and of the other weights, it says nothing.
-    if best and progress and best["epoch"] + 1 == progress["epoch"] and (best["of"] == "ema") == trained.is_ema:
+    # The record is of the end of the best epoch, numbered from 0: of later updates and other weights it says nothing.
+    is_best = best and progress and (best["epoch"] + 1, 0) == (progress["epoch"], progress["place"])
+    if is_best and (best["of"] == "ema") == trained.is_ema:
         split = trained.config.DATA.VAL_SPLIT
         facts["Accuracy"] = (
             f"{best['acc1']:.3f} % top-1 on the split `{split}` of the data it was trained on, of which the best epoch "
