@@ -101,7 +101,7 @@ def print_table(score: "BoxScore") -> None:
 def write_reports(arguments: argparse.Namespace, scored: "ScoredDetections", settings: dict[str, Any]) -> None:
     """Writes the files that the flags name."""
     from detection.coco import categories
-    from utils.checkpoint import finite, write_beside, write_json, write_text
+    from utils.checkpoint import finite, write_json, write_output, write_text
 
     values = finite(asdict(scored.score))
     names = list(categories(scored.coco).values())
@@ -113,7 +113,7 @@ def write_reports(arguments: argparse.Namespace, scored: "ScoredDetections", set
     if arguments.json:
         write_json(arguments.json, values | {"classes": by_class} | settings)
     if arguments.classes:
-        write_beside(arguments.classes, lambda beside: write_table(beside, by_class))
+        write_output(arguments.classes, lambda place: write_table(place, by_class))
     if arguments.detections:
         write_text(arguments.detections, json.dumps(scored.results))
 

@@ -193,7 +193,8 @@ def test_a_class_with_nothing_to_find_has_an_empty_cell_in_the_table(tmp_path):
         }
     )
     scored = ScoredDetections(score(coco, [], 1, with_masks=False), [], coco, 1.0)
-    write_reports(Namespace(json=None, detections=None, classes=tmp_path / "a.csv"), scored, {})
+    (tmp_path / "link.csv").symlink_to(tmp_path / "a.csv")  # which a report goes through
+    write_reports(Namespace(json=None, detections=None, classes=tmp_path / "link.csv"), scored, {})
     assert (tmp_path / "a.csv").read_text() == "class,box_ap\nsquare,0.0\ndisc,\n"
 
 

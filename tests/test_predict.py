@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from data.finish import Normalize
 from data.transforms import eval_transform
 from models.build import build_model
 from tools.predict import predict
-from tools.runs.predictions import Guess, Prediction, draw_sheet
+from tools.runs.predictions import Guess, Prediction, draw_sheet, write_csv
 from utils import checkpoint
 from utils.errors import UserError
 from utils.precision import Precision
@@ -203,6 +204,18 @@ def test_table_holds_a_row_for_each_class_of_an_image(call, predicted, weights, 
         for rank, guess in enumerate(image["top"], 1)
     ]
     assert rows == wanted and len(rows) == 21
+
+
+def test_table_goes_through_a_link_as_the_report_does_and_into_a_pipe(tmp_path):
+    (tmp_path / "link.csv").symlink_to(tmp_path / "file.csv")
+    write_csv([Prediction(tmp_path / "a.png", [Guess(0, "ant", "ant", 0.5)], "")], tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink() and "ant" in (tmp_path / "file.csv").read_text()
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        write_csv([], tmp_path / "pipe")
+        assert read.result() == "path,rank,number,name,label,probability\n"
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_sheet_shows_whole_images_of_all_kinds(predicted, tmp_path):

@@ -143,19 +143,32 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
         beside.unlink(missing_ok=True)  # also where Ctrl-C came
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file as `write_beside` does; into a device, a pipe, or what a link leads to, it is just written.
+def write_output(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets a function write a file as `write_beside` does; a device, a pipe, or what a link leads to, is just written.
+
+    Args:
+        path: The place.
+        write: Given the path to write to.
 
     Raises:
         UserError: If it cannot be written.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         try:
-            _write_utf8(path, text)
+            write(path)
         except OSError as error:
             raise not_written(path, error) from None
     else:
-        write_beside(path, lambda beside: _write_utf8(beside, text))
+        write_beside(path, write)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file as `write_output` does.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    write_output(path, lambda place: _write_utf8(place, text))
 
 
 def write_json(path: Path, values: Any) -> None:

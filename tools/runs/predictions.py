@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from data.decoding import as_mode
-from utils.checkpoint import write_beside
+from utils.checkpoint import write_output
 from utils.sheet import PLAIN, RIGHT, WRONG, contact_sheet, write_png
 from utils.trained import Trained
 
@@ -78,16 +78,16 @@ def as_json(predictions: list[Prediction]) -> dict[str, Any]:
 def write_csv(predictions: list[Prediction], path: Path) -> None:
     """Writes a row for each class of an image; broken images have none."""
 
-    def write(beside: Path) -> None:
+    def write(place: Path) -> None:
         # Names of files may hold bytes that are no text; they are written as they are.
-        with open(beside, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(place, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = csv.writer(file)
             table.writerow(["path", "rank", "number", "name", "label", "probability"])
             for prediction in predictions:
                 for rank, guess in enumerate(prediction.top, 1):
                     table.writerow([prediction.path, rank, *astuple(guess)])
 
-    write_beside(path, write)
+    write_output(path, write)
 
 
 def draw_sheet(predictions: list[Prediction], classes: list[str] | None, path: Path) -> None:
