@@ -209,6 +209,25 @@ def test_a_folder_of_other_things_is_left_as_it_is(program, tmp_path):
     assert files_of(tmp_path) == {Path("mine"): b"kept"}
 
 
+@pytest.mark.parametrize("names", [["coco"], ["ade"], ["ade", "coco"]], ids=" ".join)
+def test_data_sets_that_are_called_as_scenes_are_kept(program, tmp_path, names):
+    for name in names:
+        (tmp_path / name / "annotations").mkdir(parents=True)
+        (tmp_path / name / "annotations" / "instances_val2017.json").write_text("kept")
+    before = files_of(tmp_path)
+    code, said = program(tmp_path, "--scenes")
+    assert code == 2 and said == f"error: {tmp_path} holds something else than scenes: name another folder\n"
+    assert files_of(tmp_path) == before
+
+
+def test_scenes_are_replaced_behind_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "scenes")
+    for count in (2, 1):
+        write_all_scenes(tmp_path / "link", {"train": 1, "val": count})
+        assert len(list((tmp_path / "scenes/coco/val2017").iterdir())) == count
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_a_picture_is_refused_without_scenes_or_in_no_folder(program, tmp_path):
     code, said = program(tmp_path / "d", "--png", tmp_path / "d.png")
     assert code == 2 and said == "error: --png draws scenes: add --scenes\n"

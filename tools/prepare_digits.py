@@ -31,7 +31,6 @@ _VAL_IMAGES = 360
 _SPLIT_SEED = 0
 _WHITE = 16  # the scans count 0 to 16 inked pixels of 4 x 4
 _SCENES = {"train": 2400, "val": 200}
-_SCENE_FOLDERS = {"ade", "coco"}
 
 
 def load_splits() -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[str, NDArray[np.int64]]]:
@@ -77,9 +76,9 @@ def write_all_scenes(root: Path, counts: dict[str, int]) -> dict[str, int]:
         UserError: If the folder holds something else, or cannot be written.
     """
     from tools.datasets.appearing import appearing_whole
-    from tools.datasets.scenes import Digits, write_scenes
+    from tools.datasets.scenes import Digits, are_scenes, write_scenes
 
-    if root.exists() and (not root.is_dir() or {path.name for path in root.iterdir()} - _SCENE_FOLDERS):
+    if root.exists() and not (root.is_dir() and (are_scenes(root) or not any(root.iterdir()))):
         raise UserError(f"{root} holds something else than scenes: name another folder")
     images, labels, splits = load_splits()
     with appearing_whole(root) as folder:
@@ -88,7 +87,7 @@ def write_all_scenes(root: Path, counts: dict[str, int]) -> dict[str, int]:
             for split, numbers in splits.items()
         }
         if root.exists():
-            shutil.rmtree(root)
+            shutil.rmtree(root.resolve())  # of a link the folder is replaced, and not the link
     return digits
 
 

@@ -21,6 +21,7 @@ SIZE = 128  # pixels on a side
 CLASSES = ("background", *map(str, range(10)))  # their labels in the maps are 1 to 11
 UNCERTAIN = 0  # the label of pixels at the edge of a digit's ink, which ADE20K leaves out of the score
 
+_CLASS_LINES = "".join(f"{name}\n" for name in CLASSES)
 _SEED = 0
 _ADE_SPLITS = {"train": "training", "val": "validation"}
 _COCO_SPLITS = {"train": "train2017", "val": "val2017"}
@@ -215,6 +216,17 @@ def _colour(others: Colours, generator: Generator) -> Colours:
     return tried[np.linalg.norm(tried[:, None] - others, axis=2).min(1).argmax()]
 
 
+def are_scenes(root: Path) -> bool:
+    """Whether a folder holds what `write_scenes` writes and nothing else, rather than data sets of the same names."""
+    lists, classes = (root / "coco" / "annotations").glob("*"), root / "ade" / "classes.txt"
+    return (
+        {path.name for path in root.iterdir()} == {"ade", "coco"}
+        and {path.name for path in lists} == {f"instances_{split}.json" for split in _COCO_SPLITS.values()}
+        and classes.is_file()
+        and classes.read_bytes() == _CLASS_LINES.encode()
+    )
+
+
 def write_scenes(root: Path, split: str, count: int, digits: Digits) -> int:
     """Writes a split of scenes as root/ade and root/coco, whose images are the same files.
 
@@ -241,7 +253,7 @@ def write_scenes(root: Path, split: str, count: int, digits: Digits) -> int:
         entries.append({"id": number, "file_name": name, "width": SIZE, "height": SIZE})
         for digit in scene.digits:
             annotations.append({"id": len(annotations) + 1, "image_id": number, **_annotation(digit)})
-    (root / "ade" / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    (root / "ade" / "classes.txt").write_text(_CLASS_LINES)
     instances = {
         "info": {"description": "Scenes of scikit-learn's handwritten digits; 'digit' is the number of the scan"},
         "images": entries,
