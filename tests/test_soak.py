@@ -43,6 +43,12 @@ def test_all_that_a_run_started_is_killed_with_it(tmp_path):
     assert not is_alive(sleeper)
 
 
+def test_more_ranks_than_there_are_pairs_of_images_are_refused(call):
+    result = call("tools/soak.py", "--ranks", 8)
+    assert (result.code, result.stdout) == (2, "")
+    assert "--ranks: 8: give a whole number, from 1 to 4" in result.errors[0]
+
+
 @pytest.mark.slow
 def test_soak_kills_a_run_and_finds_it_equal_to_the_one_left_alone(tmp_path, capsys):
     assert soak(tmp_path, 2, 1, random.Random(0)) == 0

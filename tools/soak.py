@@ -29,6 +29,7 @@ from utils.cli import Parser, at_least, run
 from utils.logger import read_metrics
 
 _CLASSES, _TRAIN_IMAGES, _VAL_IMAGES = 4, 64, 18
+_BATCH = 8  # images of a step over all ranks, of which each takes two or more, as mixup pairs them
 _MOST_LINES = 12  # of the log, after which a run is killed
 _PATIENCE_S = 120
 
@@ -56,7 +57,9 @@ def main() -> None:
     parser.add_argument(
         "--kills", type=at_least(1), default=50, metavar="N", help="how often to kill the run (default 50)"
     )
-    parser.add_argument("--ranks", type=at_least(1), default=1, metavar="N", help="processes that train (default 1)")
+    parser.add_argument(
+        "--ranks", type=at_least(1, _BATCH // 2), default=1, metavar="N", help="processes that train (default 1)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the moments and the victims")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -76,7 +79,7 @@ def soak(folder: Path, kills: int, ranks: int, chance: random.Random) -> int:
         0 if both runs ended alike, else 1.
     """
     write_images(folder)
-    (folder / "soak.yaml").write_text(_CONFIG.format(batch=8 // ranks, epochs=kills))
+    (folder / "soak.yaml").write_text(_CONFIG.format(batch=_BATCH // ranks, epochs=kills))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [*(launcher if ranks > 1 else [sys.executable]), "train.py", "--cfg", str(folder / "soak.yaml")]
     command += ["--data-path", str(folder), "--output", str(folder), "--tag"]
