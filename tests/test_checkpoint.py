@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import tracemalloc
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -315,6 +316,16 @@ def test_text_goes_into_a_pipe_and_leaves_it(tmp_path):
         checkpoint.write_text(tmp_path / "pipe", "text")
         assert read.result() == "text"
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_long_report_is_not_held_in_memory_as_text(tmp_path):
+    values = ["x" * 1000] * 5000
+    tracemalloc.start()
+    checkpoint.write_json(tmp_path / "report.json", values)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert json.loads((tmp_path / "report.json").read_text()) == values
+    assert (tmp_path / "report.json").stat().st_size > 5e6 > 5 * most
 
 
 def test_text_that_cannot_be_written_is_told_of_in_a_line(tmp_path):

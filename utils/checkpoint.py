@@ -172,12 +172,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Writes a report as `write_text` does; numbers that JSON has nothing for are null in it.
+    """Writes a report as `write_output` does; numbers that JSON has nothing for are null in it.
 
     Raises:
         UserError: If it cannot be written.
     """
-    write_text(path, json.dumps(finite(values), indent=2) + "\n")
+
+    def write(place: Path) -> None:
+        with open(place, "w", encoding="utf-8") as file:
+            json.dump(finite(values), file, indent=2)  # piece by piece: all pieces at once take many times the memory
+            file.write("\n")
+
+    write_output(path, write)
 
 
 def finite(values: Any) -> Any:

@@ -1,7 +1,7 @@
 """What a network sees in images, and how predict.py writes and draws it."""
 
 import csv
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def name_classes(trained: Trained, numbers: list[int], probabilities: list[float
 def as_json(predictions: list[Prediction]) -> dict[str, Any]:
     """What was predicted, and which images are broken."""
     images = [
-        {"path": str(prediction.path), "top": [asdict(guess) for guess in prediction.top]}
+        {"path": str(prediction.path), "top": list(map(vars, prediction.top))}
         for prediction in predictions
         if not prediction.complaint
     ]
