@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import yaml
 from helpers_unit import ROOT, configured, handle
 from PIL import Image
 
@@ -308,6 +309,15 @@ def test_a_model_card_claims_no_accuracy_of_the_best_epoch_for_updates_after_it(
     checkpoint.save(state, tmp_path / "last.pth")
     card = model_card(load_trained(tmp_path / "last.pth"), None, None)
     assert "4 epochs, 35 updates" in card and "87.5" not in card
+
+
+def test_a_model_card_names_data_that_lies_in_no_folder(trained_file, tmp_path):
+    state = checkpoint.load(trained_file)
+    config = yaml.safe_load(state["config"])
+    config["DATA"] |= {"DATASET": "hfds/someone/gratings", "DATA_PATH": ""}
+    checkpoint.save(state | {"config": yaml.safe_dump(config)}, tmp_path / "best.pth")
+    card = model_card(load_trained(tmp_path / "best.pth"), None, None)
+    assert "Data: `hfds/someone/gratings`, split `train`" in card
 
 
 # Whole or not there

@@ -120,7 +120,7 @@ def _recipe(trained: Trained) -> dict[str, Any]:
         "drop path": config.MODEL.GMA.DROP_PATH_RATE,
     }
     return {
-        "Data": f"`{Path(data.DATA_PATH).name}`, split `{data.TRAIN_SPLIT}`",
+        "Data": f"`{Path(data.DATA_PATH).name or data.DATASET}`, split `{data.TRAIN_SPLIT}`",
         "Started from": Path(config.MODEL.PRETRAINED).name,
         "Optimizer": f"{train.OPTIMIZER.NAME}, weight decay {train.WEIGHT_DECAY}{clipping}",
         "Learning rate": f"{train.BASE_LR} for {train.LR_BATCH} images an update, {train.LR_SCHEDULER.NAME}, "
