@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 
 from data.datasets import ImageSamples, ImageStream, Sample, Source, check_same_classes, map_classes, open_split
 from data.finish import Normalize
-from data.samplers import EvalSampler, TrainBatchSampler
+from data.samplers import TrainBatchSampler
 from data.transforms import eval_transform, train_transform
 from utils.config import mixes
 from utils.dist import World
@@ -163,12 +163,21 @@ def eval_data(samples: ImageSamples, config: CfgNode, world: World) -> EvalData:
         config: The configuration.
         world: This process among all.
     """
-    source, batch_size = samples.source, config.DATA.BATCH_SIZE
-    sampler = EvalSampler(len(source), world.rank, world.size)
-    loader = DataLoader(samples, batch_size, sampler=sampler, **loader_settings(config, world))
-    rounds = math.ceil(len(source) // world.size / batch_size)
-    finish = Normalize(config, world.device)
-    return EvalData(loader, finish, source.classes, len(source), rounds)
+    loader, rounds = share_out(samples, config.DATA.BATCH_SIZE, world, loader_settings(config, world))
+    return EvalData(loader, Normalize(config, world.device), samples.source.classes, len(samples), rounds)
+
+
+def share_out(samples: ImageSamples, batch_size: int, world: World, settings: dict[str, Any]) -> tuple[DataLoader, int]:
+    """This rank's batches of samples to score, each of which is on exactly one rank; and how many every rank has.
+
+    Args:
+        samples: All of them; a rank has every so many-th from its own number on, as there are ranks.
+        batch_size: Samples of a batch.
+        world: This process among all.
+        settings: Those of `loader_settings`.
+    """
+    own = range(world.rank, len(samples), world.size)
+    return DataLoader(samples, batch_size, sampler=own, **settings), math.ceil(len(samples) // world.size / batch_size)
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:

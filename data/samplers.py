@@ -95,16 +95,3 @@ class EndlessBatchSampler(TrainBatchSampler):
         index, before = order[place], self.epoch * len(order)
         passes = (before + place) // self._length
         return index, number_for(self._seed, "augment", passes, index)
-
-
-class EvalSampler(Sampler[int]):
-    """Every rank-th sample from this rank's number on: each sample on exactly one rank, none twice."""
-
-    def __init__(self, length: int, rank: int, ranks: int) -> None:
-        self._indices = range(rank, length, ranks)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices)

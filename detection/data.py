@@ -17,10 +17,10 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Mask
 from yacs.config import CfgNode
 
-from data.build import EvalData, TrainData, check_steps, loader_settings
+from data.build import EvalData, TrainData, check_steps, loader_settings, share_out
 from data.datasets import ImageSamples, blank_image, data_root
 from data.decoding import as_mode
-from data.samplers import EvalSampler, TrainBatchSampler
+from data.samplers import TrainBatchSampler
 from data.transforms import Transform, image_mode
 from detection.batch import Batch, Objects, finish
 from detection.coco import categories, check_masks, decode_mask, read_coco
@@ -212,9 +212,7 @@ def build_eval_data(config: CfgNode, world: World) -> CocoEvalData:
     if all(annotation["iscrowd"] for annotation in coco.dataset["annotations"]):
         raise UserError(f"{data.VAL_ANNOTATIONS} has no object to find: set DATA.VAL_ANNOTATIONS")
     samples = ImageSamples(source, transform(config, is_training=False), blank=source.blank)
-    sampler = EvalSampler(len(source), world.rank, world.size)
-    loader = DataLoader(samples, batch_size=1, sampler=sampler, **loader_settings(config, world, collate))
-    rounds = len(source) // world.size
+    loader, rounds = share_out(samples, 1, world, loader_settings(config, world, collate))
     return CocoEvalData(
         loader, finish, source.classes, len(source), rounds, coco, has_masks(config), is_main=world.is_main
     )

@@ -19,12 +19,12 @@ from torchvision.tv_tensors import Image as ImageTensor
 from torchvision.tv_tensors import Mask
 from yacs.config import CfgNode
 
-from data.build import EvalData, TrainData, check_steps, loader_settings
+from data.build import EvalData, TrainData, check_steps, loader_settings, share_out
 from data.datasets import ImageSamples, blank_image, count_classes, data_root, repeated
 from data.decoding import as_mode
 from data.files import files_below
 from data.finish import Normalize
-from data.samplers import EndlessBatchSampler, EvalSampler, TrainBatchSampler
+from data.samplers import EndlessBatchSampler, TrainBatchSampler
 from data.transforms import Transform, image_mode
 from segmentation.labels import IGNORE, MOST_CLASSES, to_classes
 from segmentation.sizes import scaled_size
@@ -259,9 +259,7 @@ def build_eval_data(config: CfgNode, world: World) -> EvalData:
     source = PairSource(data_root(config), config.DATA.VAL_SPLIT)
     classes = named_classes(config, source)
     samples = ImageSamples(source, eval_transform(config, len(classes)), blank=blank)
-    sampler = EvalSampler(len(source), world.rank, world.size)
-    loader = DataLoader(samples, 1, sampler=sampler, **loader_settings(config, world, collate))
-    rounds = len(source) // world.size
+    loader, rounds = share_out(samples, 1, world, loader_settings(config, world, collate))
     return EvalData(loader, Normalize(config, world.device), classes, len(source), rounds)
 
 

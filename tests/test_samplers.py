@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from data.samplers import EndlessBatchSampler, EvalSampler, TrainBatchSampler
+from data.samplers import EndlessBatchSampler, TrainBatchSampler
 
 SPLITS = [(1, 8), (2, 4), (4, 2), (8, 1)]  # (ranks, batch size of each) of one global batch of 8
 
@@ -183,16 +183,6 @@ def test_repeats_of_a_sample_lie_on_different_ranks():
     shares = [{index for index, _ in flat(epoch_of(64, 4, rank, 2, repeats=2))} for rank in range(2)]
     assert shares[0] == shares[1]
     assert all(len(flat(epoch_of(64, 4, rank, 2, repeats=2))) == len(shares[rank]) for rank in range(2))
-
-
-@given(length=st.integers(0, 200), ranks=st.integers(1, 17))
-@examples(100)
-def test_evaluation_gives_each_sample_to_exactly_one_rank(length, ranks):
-    samplers = [EvalSampler(length, rank, ranks) for rank in range(ranks)]
-    shares = [list(sampler) for sampler in samplers]
-    assert sorted(index for share in shares for index in share) == list(range(length))
-    assert [len(sampler) for sampler in samplers] == [len(share) for share in shares]
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.parametrize(("length", "batch_size", "ranks"), [(7, 8, 1), (7, 4, 2), (0, 1, 1)])

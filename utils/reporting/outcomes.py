@@ -43,7 +43,7 @@ class OutcomeSums(ScoreSums):
     """Adds up scores as `ScoreSums` does, and keeps what was said of each image.
 
     Args:
-        world: This process among all. Its n-th image is number rank + n * ranks, as `EvalSampler` deals them out.
+        world: This process among all. Its n-th image is number rank + n * ranks, as `share_out` deals them out.
     """
 
     def __init__(self, world: World) -> None:
