@@ -111,16 +111,6 @@ def load_pretrained(model: GroupMixFormer, state_dict: Mapping[str, Tensor], sou
     return sentences
 
 
-def backbone_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A classifier's weights under our names, without its final norm and its head, which a backbone has no use for.
-
-    Args:
-        state_dict: Weights of either naming.
-    """
-    weights = checkpoint_filter_fn(state_dict)
-    return {name: tensor for name, tensor in weights.items() if not name.startswith(_NOT_IN_BACKBONE)}
-
-
 def load_around_backbone(
     network: nn.Module,
     backbone: GroupMixFormer,
@@ -146,7 +136,9 @@ def load_around_backbone(
         UserError: Naming the tensors that do not fit.
     """
     if not any(name.startswith(place) for name in state_dict):
-        sentences = load_pretrained(backbone, backbone_weights(state_dict), source)
+        weights = checkpoint_filter_fn(state_dict)
+        kept = {name: tensor for name, tensor in weights.items() if not name.startswith(_NOT_IN_BACKBONE)}
+        sentences = load_pretrained(backbone, kept, source)
         taken = f"of {source} the backbone is taken, without final norm and head: all else starts afresh"
         return [taken, *sentences]
     others = {}
