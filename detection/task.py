@@ -1,14 +1,12 @@
 """The task of detecting objects."""
 
 import logging
-from collections.abc import Callable
 
-import torch
 from yacs.config import CfgNode
 
 from data.build import TrainData
 from data.datasets import check_same_classes
-from detection.batch import Batch, finish
+from detection.batch import finish
 from detection.data import CocoEvalData, build_eval_data, build_train_data, has_masks
 from detection.metrics import BoxScore, DetectionSums, MaskScore
 from detection.model import Detector, SumOfLosses, build_detector, load_to_start
@@ -25,9 +23,9 @@ def detection(config: CfgNode) -> Task:
         open_data=_open_data,
         build_network=_build_network,
         load_to_start=load_to_start,
-        build_loss=_build_loss,
-        build_finish=_build_finish,
-        build_sums=_build_sums,
+        build_loss=lambda _config: SumOfLosses(),
+        build_finish=lambda _config, _device: finish,
+        build_sums=lambda data, _device: DetectionSums(data.coco, data.classes or [], data.with_masks, data.is_main),
         one_size=False,
     )
 
@@ -45,15 +43,3 @@ def _build_network(config: CfgNode, data: TrainData) -> Detector:
             "name weights by --pretrained, or set it to False"
         )
     return build_detector(config, len(data.classes or []))
-
-
-def _build_loss(_config: CfgNode) -> SumOfLosses:
-    return SumOfLosses()
-
-
-def _build_finish(_config: CfgNode, _device: torch.device) -> Callable[[Batch], Batch]:
-    return finish
-
-
-def _build_sums(data: CocoEvalData, _device: torch.device) -> DetectionSums:
-    return DetectionSums(data.coco, data.classes or [], data.with_masks, data.is_main)

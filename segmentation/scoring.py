@@ -9,10 +9,9 @@ from data.build import EvalData
 from data.datasets import check_same_classes
 from segmentation.data import build_eval_data
 from segmentation.inference import build_predictor
-from segmentation.metrics import SegmentationScore
+from segmentation.metrics import SegmentationScore, SegmentationSums
 from segmentation.model import build_segmenter
 from segmentation.pictures import PictureSums
-from segmentation.task import build_sums
 from utils.dist import World, together
 from utils.metrics import Sums
 from utils.precision import Precision, memory_format
@@ -61,7 +60,7 @@ def score_weights(
         check_same_classes(weights.classes, classes, ("the checkpoint", "the data"), "use the same classes.txt")
         network = build_segmenter(config, len(classes))
         weights.load_into(network)
-    sums: Sums = build_sums(data, world.device)
+    sums: Sums = SegmentationSums(len(classes), world.device)
     if pictures:
         order, reduce = iter(data.loader.sampler), config.DATA.REDUCE_ZERO_LABEL
         sums = PictureSums(sums, data.source, order, pictures, compared, classes, reduce)

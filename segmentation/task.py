@@ -1,7 +1,5 @@
 """The task of segmenting images."""
 
-import torch
-from torch import nn
 from yacs.config import CfgNode
 
 from data.build import EvalData, TrainData
@@ -11,7 +9,7 @@ from segmentation.data import build_eval_data, build_train_data
 from segmentation.inference import build_predictor
 from segmentation.loss import SegmentationLoss
 from segmentation.metrics import SegmentationScore, SegmentationSums
-from segmentation.model import Segmenter, build_segmenter, load_to_start
+from segmentation.model import build_segmenter, load_to_start
 from utils.dist import World
 from utils.errors import UserError
 from utils.task import Task
@@ -22,12 +20,12 @@ def segmentation() -> Task:
     return Task(
         measures=SegmentationScore.measures,
         open_data=_open_data,
-        build_network=_build_network,
+        build_network=lambda config, data: build_segmenter(config, len(data.classes or [])),
         load_to_start=load_to_start,
-        build_loss=_build_loss,
+        build_loss=lambda config: SegmentationLoss(config.MODEL.DECODER.AUX_WEIGHT),
         build_finish=Normalize,
         build_predictor=build_predictor,
-        build_sums=build_sums,
+        build_sums=lambda data, device: SegmentationSums(len(data.classes or []), device),
         compile=lambda segmenter: compile_blocks(segmenter.backbone),
     )
 
@@ -45,16 +43,3 @@ def _open_data(config: CfgNode, world: World) -> tuple[TrainData, EvalData]:
             "normalise: use 2 or more, TRAIN.SYNC_BN on several GPUs, or MODEL.DECODER.NAME fpn"
         )
     return build_train_data(config, world), build_eval_data(config, world)
-
-
-def _build_network(config: CfgNode, data: TrainData) -> Segmenter:
-    return build_segmenter(config, len(data.classes or []))
-
-
-def _build_loss(config: CfgNode) -> nn.Module:
-    return SegmentationLoss(config.MODEL.DECODER.AUX_WEIGHT)
-
-
-def build_sums(data: EvalData, device: torch.device) -> SegmentationSums:
-    """What adds up the score of a data set."""
-    return SegmentationSums(len(data.classes or []), device)

@@ -1,6 +1,5 @@
 """The task of classifying images."""
 
-import torch
 from torch import nn
 from yacs.config import CfgNode
 
@@ -22,12 +21,12 @@ def classification() -> Task:
     return Task(
         measures=Score.measures,
         open_data=_open_data,
-        build_network=_build_network,
+        build_network=lambda config, data: build_model(config, count_classes(config, data.classes)),
         load_to_start=load_pretrained,
         build_loss=_build_loss,
         build_finish=NormalizeAndErase,
         build_batch_transform=_build_batch_transform,
-        build_sums=_build_sums,
+        build_sums=lambda _data, device: ScoreSums(device),
         compile=compile_blocks,
     )
 
@@ -42,10 +41,6 @@ def _open_data(config: CfgNode, world: World) -> tuple[TrainData, EvalData]:
     return train_data, eval_data
 
 
-def _build_network(config: CfgNode, data: TrainData) -> GroupMixFormer:
-    return build_model(config, count_classes(config, data.classes))
-
-
 def _build_loss(config: CfgNode) -> nn.Module:
     loss, distill = build_loss(config), config.DISTILL
     if not distill.TEACHER:
@@ -58,7 +53,3 @@ def _build_batch_transform(config: CfgNode, network: GroupMixFormer, precision: 
     if not config.DISTILL.TEACHER:
         return mixup
     return build_teacher(config, network.num_classes, mixup, precision, network.stem.conv1.weight.device)
-
-
-def _build_sums(_data: EvalData, device: torch.device) -> ScoreSums:
-    return ScoreSums(device)

@@ -14,14 +14,6 @@ from utils.metrics import Sums
 from utils.precision import Precision
 
 
-def _itself(_config: CfgNode, network: nn.Module) -> nn.Module:
-    return network
-
-
-def _no_batch_transform(_config: CfgNode, _network: nn.Module, _precision: Precision) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class Task:
     """Builds what differs between tasks; the rest of a run is the same for all.
@@ -49,8 +41,8 @@ class Task:
     build_finish: Callable[[CfgNode, torch.device], Callable[[Any], Any]]
     build_sums: Callable[[EvalData, torch.device], Sums]
     build_batch_transform: Callable[[CfgNode, nn.Module, Precision], Callable[[Any, Any], tuple[Any, Any]] | None] = (
-        _no_batch_transform
+        lambda _config, _network, _precision: None
     )
-    build_predictor: Callable[[CfgNode, nn.Module], nn.Module] = _itself
+    build_predictor: Callable[[CfgNode, nn.Module], nn.Module] = lambda _config, network: network
     compile: Callable[[nn.Module], None] | None = None
     one_size: bool = True
