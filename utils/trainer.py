@@ -25,7 +25,6 @@ from utils.precision import Precision, choose_kernels, memory_format, unmeasured
 from utils.progress import Progress, Steps
 from utils.report import describe_best, log_plan
 from utils.resume import (
-    Found,
     check_classes,
     find_state,
     fit_to_ranks,
@@ -81,7 +80,12 @@ def train(config: CfgNode, world: World, precision: Precision, task: Task) -> No
 
     with hold(folder, world), StopSignals() as signals:
         with together():
-            keeper = open_run(config, training, train_data, folder, found, signals)
+            setup_logging(world.is_main, folder)
+            best = None
+            if world.is_main:
+                best = go_back(found, folder) if found else None
+                checkpoint.write_text(folder / "config.yaml", config.dump())
+            keeper = Keeper(config, training, folder, train_data, best, signals)
         if found:
             _log.info(
                 "going on from %s, epoch %d, update %d", found.path, training.progress.epoch, training.progress.place
@@ -181,36 +185,6 @@ def hold(folder: Path, world: World) -> Iterator[None]:
         if world.is_main:
             checkpoint.remove_unfinished(folder)
         yield
-
-
-def open_run(
-    config: CfgNode,
-    training: Training,
-    train_data: TrainData,
-    folder: Path,
-    found: Found | None,
-    signals: StopSignals,
-) -> Keeper:
-    """Opens the logs in the run's folder, and gives the run its keeper; every rank must call.
-
-    Args:
-        config: The configuration to keep with the run.
-        training: What trains, where the run is.
-        train_data: What it trains on.
-        folder: The run's.
-        found: The checkpoint that the run goes on from, if any.
-        signals: What asks the run to stop.
-
-    Raises:
-        UserError: If the folder cannot be written to.
-    """
-    is_main, best = training.world.is_main, None
-    setup_logging(is_main, folder)
-    if is_main:
-        if found:
-            best = go_back(found, folder)
-        checkpoint.write_text(folder / "config.yaml", config.dump())
-    return Keeper(config, training, folder, train_data, best, signals)
 
 
 def run_epochs(
