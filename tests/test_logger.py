@@ -183,12 +183,6 @@ def test_every_line_is_json_also_where_a_number_is_none(tmp_path):
     draw_curves(tmp_path, 1, Score.measures)
 
 
-def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    written(None, [1, 2])
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("measure", ["acc1", "miou"])
 def test_a_score_that_will_be_taken_again_is_forgotten(tmp_path, measure):
     lines = [score(2), progress(3), progress(4), score(4), progress(5)]
@@ -270,7 +264,6 @@ def test_weights_and_biases_gets_the_scalars_of_tensorboard_over_updates(tmp_pat
     log.write(line(1), {"loss": 1.0, "lr": 0.5})
     log.write(line(2, epoch=1), {"Acc@1": 71.5})
     log.close()
-    tracker.close()
     assert told(tmp_path / "run", "axis") == [["*", "update"]]
     assert told(tmp_path / "run", "log") == [
         {"update": 1, "epoch": 0, "loss": 1.0, "lr": 0.5},
@@ -312,7 +305,6 @@ def test_a_network_that_fails_is_told_of_once_and_all_is_in_the_folder(tmp_path,
     for update in (1, 2, 3):
         log.write(line(update), {"loss": 1.0})
     log.close()
-    tracker.close()
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [line(1), line(2), line(3)]
     [message] = [record.getMessage() for record in caplog.records]
     assert "nothing more goes to Weights & Biases (" in message and "\n" not in message
@@ -379,12 +371,6 @@ def test_metrics_that_cannot_be_written_are_a_users_error(tmp_path, monkeypatch)
     assert str(caught.value).startswith(f"{tmp_path / 'metrics.jsonl'} cannot be written (No space left on device)")
     assert "\n" not in str(caught.value)
     log.close()
-
-
-def test_closing_again_or_without_a_folder_does_nothing(tmp_path):
-    for log in (MetricsLog(tmp_path), MetricsLog(None)):
-        log.close()
-        log.close()
 
 
 # A limit on the size of files acts as a full disk does.

@@ -55,10 +55,11 @@ class Keeper(Watch):
         self.best, self._signals = best, signals
         self._writer, self._failure, self._copy = BackgroundWriter(), None, None
         self._saved_at = time.monotonic()
-        is_main, progress = training.world.is_main, training.progress
-        self._tracker = Tracker(folder, config) if config.WANDB and is_main else None
-        reached = progress.position(training.steps.updates_per_epoch)
-        self._metrics = MetricsLog(folder if is_main else None, reached, progress.place == 0, self._tracker)
+        self._metrics: MetricsLog | None = None
+        if training.world.is_main:
+            tracker = Tracker(folder, config) if config.WANDB else None
+            reached = training.progress.position(training.steps.updates_per_epoch)
+            self._metrics = MetricsLog(folder, reached, training.progress.place == 0, tracker)
 
     def asked_to_stop(self) -> int:
         """The signal that asks this rank to stop, or 0."""
@@ -164,9 +165,8 @@ class Keeper(Watch):
     def close(self) -> None:
         """Lets the last checkpoint be written, and closes the logs."""
         self._writer.close()
-        self._metrics.close()
-        if self._tracker:
-            self._tracker.close()
+        if self._metrics:
+            self._metrics.close()
 
     def _is_due(self) -> bool:
         train, place = self._config.TRAIN, self._training.progress.place

@@ -78,32 +78,27 @@ class MetricsLog:
     """metrics.jsonl and TensorBoard events of a run, cut back to the update that a resumed run goes on from.
 
     Args:
-        folder: The run's folder, or None to write nothing.
+        folder: The run's folder.
         update: Updates that the run has completed; what was logged after them will be logged again.
         is_scored: Whether the epoch that ends with that update, if one does, has been scored too.
-        tracker: What the scalars go to as well.
+        tracker: What the scalars go to as well; closed with the log.
 
     Raises:
         UserError: If they cannot be written.
     """
 
-    def __init__(
-        self, folder: Path | None, update: int = 0, is_scored: bool = True, tracker: Tracker | None = None
-    ) -> None:
-        self._path = folder / "metrics.jsonl" if folder else None
-        self._writer, self._tracker = None, tracker
-        if folder and self._path:
-            lines = [line for line in read_metrics(self._path) if line["update"] <= update]
-            if not is_scored:
-                lines = [line for line in lines if line["update"] < update or "lr" in line]
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            write_text(self._path, text)
-            with self._writing():
-                (folder / "runs").mkdir(exist_ok=True)
-                # Not through SummaryWriter, whose thread still holds what it was told when a run is killed.
-                self._writer = EventsWriter(str(folder / "runs" / "events"), f".{time.time_ns()}")
-                session = SessionLog(status=SessionLog.START)  # TensorBoard forgets what came after
-                self._writer.write_event(Event(step=update + 1, session_log=session, wall_time=time.time()))
+    def __init__(self, folder: Path, update: int = 0, is_scored: bool = True, tracker: Tracker | None = None) -> None:
+        self._path, self._tracker = folder / "metrics.jsonl", tracker
+        lines = [line for line in read_metrics(self._path) if line["update"] <= update]
+        if not is_scored:
+            lines = [line for line in lines if line["update"] < update or "lr" in line]
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+        with self._writing():
+            (folder / "runs").mkdir(exist_ok=True)
+            # Not through SummaryWriter, whose thread still holds what it was told when a run is killed.
+            self._writer = EventsWriter(str(folder / "runs" / "events"), f".{time.time_ns()}")
+            session = SessionLog(status=SessionLog.START)  # TensorBoard forgets what came after
+            self._writer.write_event(Event(step=update + 1, session_log=session, wall_time=time.time()))
 
     def write(self, values: Mapping[str, float | int], tags: Mapping[str, float]) -> None:
         """Writes one line, and scalars for TensorBoard and, if there is one, the tracker.
@@ -115,17 +110,16 @@ class MetricsLog:
         Raises:
             UserError: If they cannot be written.
         """
-        if self._path and self._writer:
-            line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            with self._writing(), open(self._path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                for tag, value in tags.items():
-                    event = Event(step=values["update"], summary=scalar(tag, value), wall_time=time.time())
-                    self._writer.write_event(event)
-                self._writer.flush()  # a killed run leaves what it told
-            if self._tracker:
-                self._tracker.write({name: values[name] for name in ("update", "epoch")} | dict(tags))
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with self._writing(), open(self._path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            for tag, value in tags.items():
+                event = Event(step=values["update"], summary=scalar(tag, value), wall_time=time.time())
+                self._writer.write_event(event)
+            self._writer.flush()  # a killed run leaves what it told
+        if self._tracker:
+            self._tracker.write({name: values[name] for name in ("update", "epoch")} | dict(tags))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -135,11 +129,11 @@ class MetricsLog:
             raise UserError(f"{self._path} cannot be written ({error.strerror}): free some space") from None
 
     def close(self) -> None:
-        """Closes the files."""
-        writer, self._writer = self._writer, None
-        if writer:
-            with suppress(OSError):  # a full disk, which was told of
-                writer.close()
+        """Closes the files, and the tracker."""
+        with suppress(OSError):  # a full disk, which was told of
+            self._writer.close()
+        if self._tracker:
+            self._tracker.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
