@@ -39,7 +39,7 @@ def main() -> None:
         help="write the score of each class, confusion, calibration and mistakes there",
     )
     arguments = parser.parse_args()
-    config = config_from(arguments, check=check_to_score, scores=True)
+    config = config_from(arguments, check=check_to_score)
     check_report(arguments.json)
     if arguments.report and config.THROUGHPUT_MODE:
         raise UserError("--report tells of a score, and --throughput makes none: leave one of them out")

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=24, metavar="N", help="of so many images (24)")
     parser.add_argument("--min-score", type=float, default=0.5, metavar="S", help="draw what is at least so sure (0.5)")
     arguments = parser.parse_args()
-    config = config_from(arguments, default_config, check, scores=True)
+    config = config_from(arguments, default_config, check)
     for flag in ("json", "classes", "detections"):
         check_report(getattr(arguments, flag), f"--{flag}")
     check_pictures(arguments.save_pictures, arguments.pictures)

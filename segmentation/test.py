@@ -40,7 +40,7 @@ def main() -> None:
     for flag, key in (("multi_scale", "TEST.MULTI_SCALE"), ("sliding_window", "TEST.SLIDING_WINDOW")):
         if getattr(arguments, flag):
             arguments.opts = [*(arguments.opts or []), key, "True"]
-    config = config_from(arguments, default_config, check, scores=True)
+    config = config_from(arguments, default_config, check)
     check_report(arguments.json)
     check_pictures(arguments.save_pictures, arguments.pictures)
     score(arguments, config)

@@ -77,7 +77,7 @@ def make_parser(
     Args:
         description: What the program does.
         data: What --data-path names.
-        scores: Whether the program only scores, and is told which weights by flags more.
+        scores: Whether the program only scores, as with --eval, and is told which weights by flags more.
         measures_throughput: Whether it has --throughput.
     """
     parser = Parser(description)
@@ -110,7 +110,7 @@ def make_parser(
     parser.add_argument("--output", metavar="DIR", help="outputs go to DIR/<MODEL.NAME>/<tag>/")
     parser.add_argument("--tag", metavar="T", help="name of the run")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of all randomness")
-    parser.add_argument("--eval", action="store_true", default=None, help="score the weights and stop")
+    parser.add_argument("--eval", action="store_true", default=scores or None, help="score the weights and stop")
     if measures_throughput:
         parser.add_argument("--throughput", action="store_true", default=None, help="measure images/s and stop")
     parser.add_argument("--model-type", metavar="T", help="groupmixformer")
@@ -142,7 +142,6 @@ def config_from(
     arguments: argparse.Namespace,
     defaults: Callable[[], CfgNode] = default_config,
     check: Callable[[CfgNode], None] = check,
-    scores: bool = False,
 ) -> CfgNode:
     """The checked configuration: file, then --opts, then flags, each overriding what came before.
 
@@ -150,7 +149,6 @@ def config_from(
         arguments: What `make_parser` parsed.
         defaults: Gives all keys of the task.
         check: Refuses values that cannot work.
-        scores: As `make_parser` was given.
 
     Raises:
         UserError: If the file, a key, a value or a flag is wrong.
@@ -162,7 +160,7 @@ def config_from(
     if arguments.model_file not in (None, _MODEL_FILE):
         raise UserError(f"--model-file {arguments.model_file}: the network is in {_MODEL_FILE}; leave the flag out")
     config = load_config(arguments.cfg, defaults)
-    if scores or arguments.eval:  # what a run began with is not what is to be scored with its config.yaml
+    if arguments.eval:  # what a run began with is not what is to be scored with its config.yaml
         config.MODEL.RESUME = config.MODEL.PRETRAINED = ""
     merge_options(config, arguments.opts or [])
     for flag, name in _KEYS.items():
@@ -178,7 +176,7 @@ def config_from(
     for path in (config.MODEL.RESUME, config.MODEL.PRETRAINED):
         if path and not Path(path).is_file() and not has_begun:
             raise UserError(f"{path} is no file: name a checkpoint")
-        if path and scores and arguments.weights == "random":
+        if path and getattr(arguments, "weights", "") == "random":
             raise UserError(f"--random-weights scores a network that knows nothing, not {path}: leave one of them out")
     return config
 
