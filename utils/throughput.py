@@ -31,40 +31,28 @@ class Throughput:
         )
 
 
-@torch.inference_mode()
-def throughput(model: nn.Module, images: torch.Tensor, precision: Precision) -> float:
-    """Images per second of a network's forward pass in evaluation mode.
-
-    Args:
-        model: The network, on the images' device.
-        images: One batch, [B, C, H, W].
-        precision: How to compute.
-    """
-    model.eval()
-    with precision.autocast():
-        for _ in range(_WARMUP):
-            model(images)
-        wait(images.device)
-        batches, start, elapsed = 0, time.perf_counter(), 0.0
-        while elapsed < _SECONDS:
-            model(images)
-            wait(images.device)
-            batches += 1
-            elapsed = time.perf_counter() - start
-    return batches * len(images) / elapsed
-
-
 def wait(device: torch.device) -> None:
     """Until a GPU has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
+@torch.inference_mode()
 def measure(model: nn.Module, config: CfgNode, device: torch.device, precision: Precision) -> Throughput:
-    """Measures a network at the configured batch and image size."""
+    """Measures a network's forward pass in evaluation mode, at the configured batch and image size."""
     layout = memory_format(config)
     size, batch = config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE
     images = torch.randn(batch, config.MODEL.GMA.IN_DIM, size, size, device=device).to(memory_format=layout)
-    speed = throughput(model.to(device, memory_format=layout), images, precision)
+    model.to(device, memory_format=layout).eval()
+    with precision.autocast():
+        for _ in range(_WARMUP):
+            model(images)
+        wait(device)
+        batches, start, elapsed = 0, time.perf_counter(), 0.0
+        while elapsed < _SECONDS:
+            model(images)
+            wait(device)
+            batches += 1
+            elapsed = time.perf_counter() - start
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return Throughput(speed, batch, size, precision.name, name, torch.get_num_threads())
+    return Throughput(batches * batch / elapsed, batch, size, precision.name, name, torch.get_num_threads())
