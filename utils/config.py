@@ -16,19 +16,6 @@ from yacs.config import CfgNode
 
 from utils.errors import UserError, listing
 
-_KEYS_OF_INPUT = frozenset(
-    {"DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "DATA.SHORT_SIDE", "DATA.SHORT_SIDES"}
-    | {"DATA.LONG_SIDE", "DATA.REDUCE_ZERO_LABEL", "TEST.CROP"}
-    | {"MODEL.DETECTOR.ANCHOR_SIZES", "MODEL.DETECTOR.ANCHOR_RATIOS"}
-)
-_DROPOUT_KEYS = frozenset(f"MODEL.GMA.{name}_RATE" for name in ("DROP", "ATTN_DROP", "DROP_PATH"))
-
-
-def changes_answers(key: str) -> bool:
-    """Whether a key changes what the same weights answer for an image."""
-    of_network = key.startswith("MODEL.GMA.") and key != "MODEL.GMA.NUM_CLASSES" and key not in _DROPOUT_KEYS
-    return of_network or key in _KEYS_OF_INPUT
-
 
 def default_config() -> CfgNode:
     """All keys, at the values of the published ImageNet-1K recipe wherever it states one."""
@@ -221,14 +208,6 @@ _FIXED = {
     "TRAIN.START_EPOCH": (0, "a resumed run knows its epoch: use --resume"),
 }
 
-# Keys of MODEL that one task has and no other.
-_TASKS = {
-    "LABEL_SMOOTHING": "classification",
-    "DECODER": "segmentation",
-    "DETECTOR": "detection",
-    "FREEZE_STATISTICS": "detection",
-}
-
 _KINDS = {"TRAIN.LR_SCHEDULER.MILESTONES": int}  # of what is in lists that are empty by default
 _OPTIONAL = {"MODEL.GMA.QKV_SCALE": float, "AUG.CUTMIX_MINMAX": list}  # may be None, else of this type
 
@@ -318,46 +297,6 @@ def merge(config: CfgNode, values: dict[str, Any], source: str, prefix: str = ""
             merge(config[key], value, source, f"{name}.")
         else:
             config[key] = _coerce(value, config[key], name, source)
-
-
-def task_of(values: Mapping[str, Any]) -> str:
-    """The task that nested keys are of, where one of MODEL tells; else an empty text."""
-    return next(iter(_telling_keys(values).values()), "")
-
-
-def _telling_keys(values: Mapping[str, Any]) -> dict[str, str]:
-    """The keys of MODEL that tell of a task, and of which."""
-    of_model = values.get("MODEL")
-    return {key: task for key, task in _TASKS.items() if isinstance(of_model, Mapping) and key in of_model}
-
-
-def check_task(values: Mapping[str, Any], path: str | Path, wanted: str, *others: str) -> None:
-    """Refuses a checkpoint of another task.
-
-    Args:
-        values: The nested keys of its configuration.
-        path: Its file.
-        wanted: The task that the program is of.
-        others: Tasks that will do, too.
-
-    Raises:
-        UserError: Naming the programs that take it.
-    """
-    task = task_of(values)
-    if task not in ("", wanted, *others):
-        raise UserError(f"{path} is of {task} and not of {wanted}: use {_programs(task)}, or name another")
-
-
-def _refuse_other_tasks(values: Mapping[str, Any], source: str, wanted: str) -> None:
-    told = _telling_keys(values)
-    if wanted and told and wanted not in told.values():
-        key, task = next(iter(told.items()))
-        raise UserError(f"{source} has MODEL.{key}, a key of {task} and not of {wanted}: use {_programs(task)}")
-
-
-def _programs(task: str) -> str:
-    folder = "" if task == "classification" else f"{task}/"
-    return f"{folder}train.py or {folder}test.py"
 
 
 def merge_options(config: CfgNode, options: list[str]) -> None:
@@ -585,3 +524,66 @@ def differences(config: CfgNode, text: str) -> dict[str, str]:
     return {
         name: f"{name}: {saved.get(name)} -> {value}" for name, value in flatten(config) if saved.get(name) != value
     }
+
+
+# Keys of MODEL that one task has and no other.
+_TASKS = {
+    "LABEL_SMOOTHING": "classification",
+    "DECODER": "segmentation",
+    "DETECTOR": "detection",
+    "FREEZE_STATISTICS": "detection",
+}
+
+
+def task_of(values: Mapping[str, Any]) -> str:
+    """The task that nested keys are of, where one of MODEL tells; else an empty text."""
+    return next(iter(_telling_keys(values).values()), "")
+
+
+def _telling_keys(values: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of MODEL that tell of a task, and of which."""
+    of_model = values.get("MODEL")
+    return {key: task for key, task in _TASKS.items() if isinstance(of_model, Mapping) and key in of_model}
+
+
+def check_task(values: Mapping[str, Any], path: str | Path, wanted: str, *others: str) -> None:
+    """Refuses a checkpoint of another task.
+
+    Args:
+        values: The nested keys of its configuration.
+        path: Its file.
+        wanted: The task that the program is of.
+        others: Tasks that will do, too.
+
+    Raises:
+        UserError: Naming the programs that take it.
+    """
+    task = task_of(values)
+    if task not in ("", wanted, *others):
+        raise UserError(f"{path} is of {task} and not of {wanted}: use {_programs(task)}, or name another")
+
+
+def _refuse_other_tasks(values: Mapping[str, Any], source: str, wanted: str) -> None:
+    told = _telling_keys(values)
+    if wanted and told and wanted not in told.values():
+        key, task = next(iter(told.items()))
+        raise UserError(f"{source} has MODEL.{key}, a key of {task} and not of {wanted}: use {_programs(task)}")
+
+
+def _programs(task: str) -> str:
+    folder = "" if task == "classification" else f"{task}/"
+    return f"{folder}train.py or {folder}test.py"
+
+
+_KEYS_OF_INPUT = frozenset(
+    {"DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "DATA.SHORT_SIDE", "DATA.SHORT_SIDES"}
+    | {"DATA.LONG_SIDE", "DATA.REDUCE_ZERO_LABEL", "TEST.CROP"}
+    | {"MODEL.DETECTOR.ANCHOR_SIZES", "MODEL.DETECTOR.ANCHOR_RATIOS"}
+)
+_DROPOUT_KEYS = frozenset(f"MODEL.GMA.{name}_RATE" for name in ("DROP", "ATTN_DROP", "DROP_PATH"))
+
+
+def changes_answers(key: str) -> bool:
+    """Whether a key changes what the same weights answer for an image."""
+    of_network = key.startswith("MODEL.GMA.") and key != "MODEL.GMA.NUM_CLASSES" and key not in _DROPOUT_KEYS
+    return of_network or key in _KEYS_OF_INPUT
