@@ -29,7 +29,7 @@ class Training:
 
     Attributes:
         network: The bare network.
-        model: The network as it is called in training: in DDP, compiled, or itself.
+        model: The network as it is called in training: in DDP, or itself.
         criterion: Loss of what the model answers and the targets: to classify, of logits [B, classes] and class numbers
             [B], or mixed targets [B, classes].
         optimizer: torch's.
