@@ -333,17 +333,14 @@ def open_split(config: CfgNode, split: str, is_training: bool) -> Source | Itera
             f"DATA.DATASET is {name!r}: choose folder, tar, or timm's name of a data set, after one of "
             + ", ".join(_TIMM_PREFIXES)
         )
-    settings = {"is_training": is_training, "batch_size": config.DATA.BATCH_SIZE, "seed": config.SEED}
+    settings = {"batch_size": config.DATA.BATCH_SIZE, "seed": config.SEED}
     if not name.lower().startswith("tfds/"):  # whose reader makes images of arrays
         settings["input_img_mode"] = ""  # none, as timm would cut 16 bits off above 255, which `as_mode` does not
-    return _open_timm(config, name=name, root=config.DATA.DATA_PATH or None, split=split, **settings)
-
-
-def _open_timm(config: CfgNode, **settings: Any) -> TimmSource | IterableImageDataset:
+    path = config.DATA.DATA_PATH
     try:
-        dataset = create_dataset(**settings)
+        dataset = create_dataset(name, path or None, split, is_training=is_training, **settings)
     except Exception as error:  # timm's readers, and the libraries below them, raise errors of many kinds
-        where = f"DATA.DATASET {config.DATA.DATASET}, split {settings['split']}, under '{settings['root'] or ''}'"
+        where = f"DATA.DATASET {name}, split {split}, under '{path}'"
         raise UserError(f"{where} cannot be opened ({reason(error)}): mend the data or the names") from None
     return dataset if isinstance(dataset, IterableImageDataset) else TimmSource(dataset)
 
