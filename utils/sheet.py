@@ -1,5 +1,6 @@
 """A contact sheet: pictures in a grid of equal cells, each with caption lines below it; and the writing of PNGs."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,9 +108,5 @@ def _shorten(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     line = " ".join(line.encode(errors="replace").decode().split())  # names of files may hold what is no text
     if font.getlength(line) <= width:
         return line
-    low, high = 0, len(line)  # so many characters fit, so many do not
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = font.getlength(line[:middle].rstrip() + "…") <= width
-        low, high = (middle, high) if fits else (low, middle)
-    return line[:low].rstrip() + "…"
+    longer = bisect_right(range(len(line)), width, lo=1, key=lambda end: font.getlength(line[:end].rstrip() + "…"))
+    return line[: longer - 1].rstrip() + "…"
