@@ -1,14 +1,12 @@
 """One run in a folder at a time."""
 
-import contextlib
 import errno
 import fcntl
 import logging
 import os
 import socket
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 
 from utils.errors import UserError, reason
 
@@ -39,13 +37,11 @@ class RunLock(AbstractContextManager["RunLock"]):
                 raise UserError(f"{folder} is in use by {holder}: choose another --tag, or stop that run") from None
             _log.warning("%s cannot be locked (%s): see that no second run writes there", folder, reason(error))
         self._file.truncate(0)
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
+        with suppress(OSError):  # a full disk: the lock holds without its text
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self._file.flush()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):
+    def __exit__(self, *_error: object) -> None:
+        with suppress(OSError):
             self._file.truncate(0)
             self._file.close()

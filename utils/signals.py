@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import NoReturn
 
 # What terminals, queues and launchers send. SLURM's --signal is set to SIGUSR1 by custom.
@@ -56,9 +56,7 @@ class StopSignals(AbstractContextManager["StopSignals"]):
         self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self._number else handler)  # a second one changes nothing
 
