@@ -120,6 +120,12 @@ def test_another_number_of_betas_than_the_optimizer_takes_is_refused(name, betas
         build_optimizer(configured(TRAIN__OPTIMIZER__NAME=name, TRAIN__OPTIMIZER__BETAS=betas), small_network(), 1)
 
 
+def test_settings_that_an_optimizer_cannot_have_are_refused_in_its_words():
+    config = configured(TRAIN__OPTIMIZER__NAME="sgd", TRAIN__OPTIMIZER__MOMENTUM=0.0)
+    with pytest.raises(UserError, match=r"TRAIN\.OPTIMIZER\.NAME sgd cannot be used here \(Nesterov momentum requires"):
+        build_optimizer(config, small_network(), 1)
+
+
 def test_muon_computes_in_float32_on_a_cpu():
     layer = nn.Linear(6, 4, bias=False)
     nn.init.zeros_(layer.weight)

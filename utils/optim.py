@@ -59,7 +59,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, ranks: int) -> torch.opti
             layer_decay=config.TRAIN.LAYER_DECAY if config.TRAIN.LAYER_DECAY < 1 else None,
             **special,
         )
-    except (AssertionError, ImportError, TypeError) as error:
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
         raise UserError(f"TRAIN.OPTIMIZER.NAME {name} cannot be used here ({reason(error)}): choose another") from None
     if isinstance(optimizer, muon.Muon) and next(model.parameters()).device.type == "cpu":
         _compute_in_float32(optimizer)
