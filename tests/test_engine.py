@@ -29,7 +29,7 @@ from data.build import EvalData, build_mixup
 from models import GroupMixFormer
 from utils.dist import World
 from utils.engine import Watch, evaluate, train_one_epoch
-from utils.errors import BrokenDataError, Stopped, UserError
+from utils.errors import BrokenDataError, OneRankError, Stopped, UserError
 from utils.precision import Precision
 from utils.progress import Steps
 from utils.seeding import seed_everything
@@ -618,9 +618,9 @@ def test_what_a_watch_raises_after_an_update_ends_the_epoch_there():
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_loader_that_gives_too_little_is_an_error(accumulation):
+def test_a_loader_that_gives_too_little_is_an_error_that_its_rank_tells_of(accumulation):
     config = plain_training(TRAIN__ACCUMULATION_STEPS=accumulation)
-    with pytest.raises(UserError):
+    with pytest.raises(OneRankError, match="fewer than the 5 batches of epoch 0"):
         train(training_of(small_network(), 5, config), batches(3, 4))
 
 

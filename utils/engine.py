@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data.build import EvalData
 from utils.dist import World, any_rank, gather, gather_objects
-from utils.errors import BrokenDataError, Stopped, UserError
+from utils.errors import BrokenDataError, OneRankError, Stopped, UserError
 from utils.meter import Meter, Report
 from utils.metrics import ScoreSums, Sums, TaskScore
 from utils.precision import Precision
@@ -114,9 +114,10 @@ def train_one_epoch(training: Training, loader: Iterable[Any], report_every: int
         watch: Told what happens.
 
     Raises:
-        UserError: If the loader gives fewer batches than an epoch has, or the loss or the gradients of an update are no
-            numbers on some rank: all ranks raise it, and the update is not taken. Under the loss scaler, or where the
-            watch lets it be, such an update is left out, unless too many in a row are.
+        OneRankError: If the loader of this rank gives fewer batches than an epoch has.
+        UserError: If the loss or the gradients of an update are no numbers on some rank: all ranks raise it, and the
+            update is not taken. Under the loss scaler, or where the watch lets it be, such an update is left out,
+            unless too many in a row are.
     """
     training.model.train()
     progress, steps, world = training.progress, training.steps, training.world
@@ -191,7 +192,7 @@ def _next(training: Training, batches: Iterator[Any], meter: Meter) -> tuple[Any
     since = time.perf_counter()
     batch = next(batches, None)
     if batch is None:
-        raise UserError(
+        raise OneRankError(
             f"the data gave fewer than the {training.steps.steps_per_epoch} batches of epoch "
             f"{training.progress.epoch}: a stream's shards are missing or hold fewer images than its index says; "
             "mend them"
