@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_unit import ROOT, set_key
 from torch.utils.data import DataLoader, Dataset
 
@@ -330,6 +331,30 @@ def test_a_loaders_process_that_was_killed_is_told_of_in_one_line(capsys):
     assert (code, out) == (2, "")
     assert err.startswith("error: DataLoader worker (pid")
     assert "DATA.NUM_WORKERS" in err
+    assert err.count("\n") == 1
+
+
+_OF_A_GPU = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB of which 1.10 GiB is free. "
+    "Including non-PyTorch memory, this process has 6.60 GiB memory in use."
+)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("kind", ["of a GPU", "of a CPU"])
+def test_memory_that_ran_out_is_told_of_in_one_line_on_each_rank(kind, rank, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+
+    def main():
+        if kind == "of a GPU":
+            raise torch.OutOfMemoryError(_OF_A_GPU)
+        torch.empty(2**60, dtype=torch.uint8)
+
+    code, (out, err) = ending(main, capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: memory ran out (")
+    assert ("2.00 GiB): " if kind == "of a GPU" else str(2**60)) in err
+    assert "--batch-size" in err
     assert err.count("\n") == 1
 
 

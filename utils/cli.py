@@ -244,6 +244,12 @@ def run(main: Callable[[], None]) -> None:
         message = str(error).splitlines()[-1].removeprefix(f"{BrokenDataError.__module__}.{BrokenDataError.__name__}: ")
         _fail(message, of_all_ranks=not isinstance(error, OneRankError))
     except RuntimeError as error:
+        if _is_out_of_memory(error):
+            _fail(
+                f"memory ran out ({reason(error).partition('. GPU')[0]}): make batches smaller (--batch-size), or in "
+                "training recompute activations (TRAIN.USE_CHECKPOINT)",
+                of_all_ranks=False,
+            )
         if "DataLoader worker" not in str(error):
             raise
         _fail(
@@ -267,6 +273,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory, on a GPU or on a CPU; by name, as not every program imports torch."""
+    return type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
 
 
 def _fail(message: str, of_all_ranks: bool) -> NoReturn:
