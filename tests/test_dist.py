@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -27,10 +28,12 @@ from helpers_unit import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils import trainer
 from utils.dist import (
     World,
     any_rank,
     broadcast_buffers,
+    check_alike,
     choose_device,
     gather,
     gather_objects,
@@ -208,6 +211,8 @@ def meet():
             "any": [any_rank(flag, world.device) for flag in (True, False, world.rank == 0, world.rank == 1)],
             "objects": gather_objects({"rank": world.rank, "text": "x" * world.rank}),
             "together": [fail_together(world, failing) for failing in ((), (0,), (1,), (0, 1), ())],
+            "alike": know_alike(world),
+            "apart": train_apart(world),
             "score": score_shares(world),
             "stops": stop_evaluations(world),
             "complaints": meet_broken_images(world),
@@ -244,6 +249,31 @@ def fail_together(world, failing):
     except UserError as error:
         return str(error)
     return None
+
+
+def know_alike(world):
+    """What is said where both ranks know the same, where rank 1 knows another value, and where it knows one more."""
+    said = []
+    for own in ({}, {"SEED": world.rank}, {"class 1": "cat"} if world.rank else {}):
+        try:
+            check_alike({"the precision": "bf16", **own})
+            said.append("")
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def train_apart(world):
+    """What is said where ranks would train on other data, in folders of their own."""
+    data = SimpleNamespace(classes=["a"], images=8 + world.rank, steps_per_epoch=2)
+    task = SimpleNamespace(
+        open_data=lambda *_: (data, data), build_network=lambda *_: small_network(), load_to_start=None
+    )
+    config = plain_training(OUTPUT="nowhere", DATA__DATA_PATH=f"folder of rank {world.rank}")
+    try:
+        trainer.train(config, world, FP32, task)
+    except UserError as error:
+        return str(error)
 
 
 def score_shares(world):
@@ -398,6 +428,15 @@ def test_what_fails_on_one_rank_fails_on_all(pair):
 
 
 @pytest.mark.slow
+def test_ranks_that_do_not_know_the_same_are_refused_on_all(pair):
+    for seen in pair:
+        same, other, more = seen["alike"]
+        assert same == ""
+        assert other.startswith("SEED is 0 on rank 0 and 1 on rank 1: ")
+        assert more.startswith("class 1 is None on rank 0 and cat on rank 1: ")
+        assert seen["apart"].startswith("the number of training images is 8 on rank 0 and 9 on rank 1: ")
+
+
 def test_buffers_are_rank_0s_everywhere(pair):
     assert [seen["buffers"] for seen in pair] == [[5, 5], [5, 5]]
 

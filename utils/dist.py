@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -188,6 +188,25 @@ def gather_objects(value: Any) -> list[Any]:
     values = [None] * torch_dist.get_world_size()
     torch_dist.all_gather_object(values, value)
     return values
+
+
+def check_alike(facts: Mapping[str, Any]) -> None:
+    """Refuses ranks that do not know the same: what all of them must have alike; every rank must call.
+
+    Args:
+        facts: What this rank knows, by what to call it.
+
+    Raises:
+        UserError: On all ranks, the first that differs.
+    """
+    first, *others = gather_objects(dict(facts))
+    for rank, other in enumerate(others, 1):
+        for name in {**first, **other}:
+            if first.get(name) != other.get(name):
+                raise UserError(
+                    f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}: "
+                    "give all of them the same command and data, and GPUs of several kinds a --precision"
+                )
 
 
 @contextmanager

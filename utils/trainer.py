@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,8 @@ from yacs.config import CfgNode
 
 from data.build import EvalData, TrainData
 from utils import checkpoint
-from utils.config import accumulation_steps
-from utils.dist import World, broadcast_buffers, together
+from utils.config import accumulation_steps, flatten
+from utils.dist import World, broadcast_buffers, check_alike, together
 from utils.engine import Training, evaluate, train_one_epoch
 from utils.errors import Stopped, UserError
 from utils.keeper import Keeper
@@ -40,6 +41,12 @@ from utils.task import Task
 from utils.tracking import check_tracking
 
 _log = logging.getLogger(__name__)
+
+# Keys in which machines may differ: where things lie on each, and how it loads them.
+_OF_A_MACHINE = frozenset(
+    {"DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DEVICE", "OUTPUT", "MODEL.RESUME", "MODEL.PRETRAINED"}
+    | {"DISTILL.TEACHER", "DISTILL.WEIGHTS"}
+)
 
 
 def train(config: CfgNode, world: World, precision: Precision, task: Task) -> None:
@@ -70,6 +77,7 @@ def train(config: CfgNode, world: World, precision: Precision, task: Task) -> No
         if not found:
             start_from_pretrained(config, network, train_data.classes, task.load_to_start)
         steps_per_epoch = steps_of_epoch(config, found, train_data.steps_per_epoch)
+    check_alike(what_ranks_share(config, precision, train_data, eval_data))
     training = build_training(config, world, precision, task, network, steps_per_epoch)
     with together():
         if found:
@@ -96,6 +104,19 @@ def train(config: CfgNode, world: World, precision: Precision, task: Task) -> No
             run_epochs(config, task, training, train_data, eval_data, keeper)
         finally:
             keeper.close()
+
+
+def what_ranks_share(
+    config: CfgNode, precision: Precision, train_data: TrainData, eval_data: EvalData
+) -> dict[str, Any]:
+    """What the ranks of a run must have alike, as each machine has settings, GPUs and perhaps data of its own."""
+    return {
+        **{name: value for name, value in flatten(config) if name not in _OF_A_MACHINE},
+        "the precision": precision.name,
+        "the number of training images": train_data.images,
+        "the number of validation images": eval_data.images,
+        **{f"class {number}": name for number, name in enumerate(train_data.classes or [])},
+    }
 
 
 def build_training(
