@@ -26,6 +26,7 @@ from utils.resume import (
     start_from_pretrained,
     state_of,
     steps_of_epoch,
+    tell_of_other_images,
     without_permissions,
 )
 
@@ -51,7 +52,7 @@ def save(folder, epochs=1, config=None):
     """Writes a checkpoint of a run as the keeper does; returns its path."""
     config, training = config or config_with(), trained(epochs, config)
     folder.mkdir(exist_ok=True)
-    state = state_of(training, {"epoch": 0, "of": "ema", "acc1": 50.0}, config, ["a", "b"])
+    state = state_of(training, {"epoch": 0, "of": "ema", "acc1": 50.0}, config, ["a", "b"], 24)
     checkpoint.save_numbered(state, folder, is_best=False, every=1, keep=9)
     return folder / checkpoint.name_of(epochs, 2)
 
@@ -106,7 +107,7 @@ def test_a_run_gone_on_with_reports_the_same_learning_rate_where_an_update_is_le
         train(training, batches(6, 4))
         training.progress.end_epoch()
         if resumes:
-            checkpoint.save(state_of(training, None, config, None), tmp_path / "x.pth")
+            checkpoint.save(state_of(training, None, config, None, 24), tmp_path / "x.pth")
             training = training_that_loses_an_update()
             restore(checkpoint.load(tmp_path / "x.pth"), training, config)
         reports.append([(report.update, report.left_out, report.lr) for report in train(training, batches(6, 4), 1)])
@@ -125,7 +126,7 @@ def test_a_checkpoint_tells_what_its_run_was(tmp_path):
 def test_images_of_a_short_last_update_are_counted_as_they_are():
     training = training_of(small_network(), 5, config_with())
     training.progress.place = 3
-    assert state_of(training, None, config_with(), None)["progress"]["images"] == 20
+    assert state_of(training, None, config_with(), None, 24)["progress"]["images"] == 20
 
 
 # Which checkpoint
@@ -267,7 +268,7 @@ def three_epochs(tmp_path):
         training, folder = trained(epoch + 1), tmp_path / "run"
         training.progress.place = 0
         folder.mkdir(exist_ok=True)
-        state = state_of(training, best_of(epoch), config_with(), None)
+        state = state_of(training, best_of(epoch), config_with(), None, 24)
         checkpoint.save_numbered(state, folder, is_best=True, every=1, keep=9)
     return folder
 
@@ -370,6 +371,18 @@ def test_data_of_the_same_classes_or_of_unknown_ones_are_taken(tmp_path, classes
     check_classes(Found(save(tmp_path), checkpoint.load(tmp_path / "last.pth")), classes)
 
 
+@pytest.mark.parametrize(("images", "told"), [(23, ["24 training images", "has 23"]), (24, [])])
+def test_another_number_of_training_images_is_told_of(tmp_path, images, told, caplog):
+    tell_of_other_images(Found(save(tmp_path), checkpoint.load(tmp_path / "last.pth")), images)
+    assert bool(caplog.text) == bool(told)
+    assert [words for words in told if words not in caplog.text] == []
+
+
+def test_a_checkpoint_that_does_not_tell_its_images_is_gone_on_from_without_a_word(caplog):
+    tell_of_other_images(Found(Path("last.pth"), {}), 23)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize(
     ("key", "value", "change"),
     [
@@ -465,7 +478,7 @@ def test_moments_have_the_layout_of_their_parameters_whatever_the_checkpoints_wa
     for layouts in [(torch.contiguous_format,) * 2, (torch.contiguous_format, torch.channels_last)]:
         first, second = map(training, layouts)
         train(first, batches(6, 4), 0)
-        restore(state_of(first, None, config, None), second, config)
+        restore(state_of(first, None, config, None, 24), second, config)
         train(second, batches(6, 4), 1)
         states.append(second.network.state_dict())
     torch.testing.assert_close(*states, rtol=1e-10, atol=1e-12)

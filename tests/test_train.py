@@ -174,8 +174,9 @@ def test_curves_are_a_picture(trained):
 @pytest.mark.slow
 def test_checkpoint_is_plain_and_complete(trained):
     state = trained.checkpoint()
-    parts = {"model", "ema", "optimizer", "scaler", "progress", "best", "config", "classes", "versions"}
+    parts = {"model", "ema", "optimizer", "scaler", "progress", "best", "config", "classes", "train_images", "versions"}
     assert set(state) == parts | {"checksum"}
+    assert state["train_images"] == 48
     assert types_in(state) <= {dict, OrderedDict, list, tuple, torch.Tensor, str, int, float, bool, type(None)}
     assert state["config"] == (trained.folder / "config.yaml").read_text()
     assert len(state["classes"]) == 6

@@ -103,7 +103,7 @@ def time_updates(training: Training, shape: tuple[int, ...]) -> tuple[list[float
 
 def print_pauses(training: Training, config: CfgNode) -> None:
     """Times a checkpoint: the copy for which training stops, and the writing, beside which it goes on."""
-    state = state_of(training, None, config, None)
+    state = state_of(training, None, config, None, 0)
     before = checkpoint.on_host(state)
     writer = BackgroundWriter()
     with tempfile.TemporaryDirectory() as folder:

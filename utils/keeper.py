@@ -187,7 +187,8 @@ class Keeper(Watch):
 
     def _save(self, is_best: bool) -> None:
         self._writer.wait()  # it reads the copy that is about to be overwritten
-        state = state_of(self._training, self.best, self._config, self._train_data.classes)
+        data = self._train_data
+        state = state_of(self._training, self.best, self._config, data.classes, data.images)
         self._copy = checkpoint.on_host(state, self._copy)
         settings = {"is_best": is_best, "every": self._config.SAVE_FREQ, "keep": self._config.KEEP}
         self._writer.submit(partial(checkpoint.save_numbered, self._copy, self.folder, **settings))

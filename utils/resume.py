@@ -156,6 +156,21 @@ def check_classes(found: Found, classes: list[str] | None) -> None:
         )
 
 
+def tell_of_other_images(found: Found, images: int) -> None:
+    """Warns where the training data has another number of images than a run began with, whose order is another, too.
+
+    Args:
+        found: The checkpoint to go on from.
+        images: The data's.
+    """
+    before = found.state.get("train_images", images)  # checkpoints did not always tell
+    if before != images:
+        _log.warning(
+            "%s is of a run on %d training images, and the data has %d: their order is another from here on, within "
+            "an epoch under way, too", found.path, before, images,
+        )  # fmt: skip
+
+
 def other_classes(state: Mapping[str, Any], classes: list[str] | None) -> str:
     """Which classes a checkpoint and data number differently, or nothing where they do not, or one does not tell."""
     known = state.get("classes")
@@ -321,9 +336,17 @@ def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
 
 
 def state_of(
-    training: Training, best: dict[str, Any] | None, config: CfgNode, classes: list[str] | None
+    training: Training, best: dict[str, Any] | None, config: CfgNode, classes: list[str] | None, images: int
 ) -> dict[str, Any]:
-    """A checkpoint of a run: tensors and plain types only."""
+    """A checkpoint of a run: tensors and plain types only.
+
+    Args:
+        training: What trains.
+        best: The best epoch so far.
+        config: The configuration.
+        classes: The data's by number, where it tells.
+        images: How many it is trained on.
+    """
     steps, progress = training.steps, training.progress
     images_at_once = training.batch_size * training.world.size
     return {
@@ -341,5 +364,6 @@ def state_of(
         "best": best,
         "config": config.dump(),
         "classes": classes,
+        "train_images": images,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "timm": timm.__version__},
     }

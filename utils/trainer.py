@@ -33,6 +33,7 @@ from utils.resume import (
     restore,
     start_from_pretrained,
     steps_of_epoch,
+    tell_of_other_images,
     without_permissions,
 )
 from utils.seeding import number_for, seed_everything
@@ -72,6 +73,7 @@ def train(config: CfgNode, world: World, precision: Precision, task: Task) -> No
         train_data, eval_data = task.open_data(config, world)
         if found:
             check_classes(found, train_data.classes)
+            tell_of_other_images(found, train_data.images)
         seed_everything(number_for(config.SEED, "weights"))
         network = task.build_network(config, train_data)
         if not found:
