@@ -166,9 +166,9 @@ def tell_of_other_images(found: Found, images: int) -> None:
     before = found.state.get("train_images", images)  # checkpoints did not always tell
     if before != images:
         _log.warning(
-            "%s is of a run on %d training images, and the data has %d: their order is another from here on, within "
-            "an epoch under way, too", found.path, before, images,
-        )  # fmt: skip
+            f"{found.path} is of a run on {before} training images, and the data has {images}: "
+            "from here on their order is another, within an epoch under way, too"
+        )
 
 
 def other_classes(state: Mapping[str, Any], classes: list[str] | None) -> str:
