@@ -7,6 +7,7 @@ decides.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -392,7 +393,7 @@ def check_same_classes(
 
 def repeated(names: Sequence[str]) -> list[str]:
     """The names that more than one class has."""
-    return sorted({name for name in names if names.count(name) > 1})
+    return sorted(name for name, times in Counter(names).items() if times > 1)
 
 
 def map_classes(found: list[str] | None, known: list[str] | None, num_classes: int) -> list[int] | None:
@@ -418,8 +419,7 @@ def map_classes(found: list[str] | None, known: list[str] | None, num_classes: i
                 "score it on data of all its classes"
             )
         return None
-    unknown = [name for name in found if name not in known]
-    if unknown:
-        raise UserError(f"the checkpoint does not know the classes {listing(unknown)}: remove their folders")
     numbers = {name: number for number, name in enumerate(known)}
+    if unknown := [name for name in found if name not in numbers]:
+        raise UserError(f"the checkpoint does not know the classes {listing(unknown)}: remove their folders")
     return [numbers[name] for name in found]

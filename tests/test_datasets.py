@@ -45,6 +45,7 @@ from data.datasets import (
     count_classes,
     map_classes,
     open_split,
+    repeated,
 )
 from data.files import walk
 from data.transforms import train_transform
@@ -521,6 +522,21 @@ def test_classes_are_translated_by_name(names, data):
 def test_classes_that_the_checkpoint_does_not_know_are_named():
     with pytest.raises(UserError, match="zebra"):
         map_classes(["a", "zebra"], ["a", "b"], 2)
+
+
+def test_each_of_many_classes_is_looked_up_and_not_searched_for():
+    class Name(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+    found, known = ([Name(number) for number in numbers] for numbers in (range(300), reversed(range(300))))
+    assert map_classes(found, known, 300) == list(reversed(range(300)))
+    assert repeated([*found, *known[:2]]) == ["298", "299"]
+    assert Name.compared < 3000  # and not some 300 for each
 
 
 def test_unnamed_classes_are_taken_where_their_number_fits():
