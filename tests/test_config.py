@@ -707,6 +707,8 @@ BAD_VALUES = [
     ("AUG.CUTMIX", -0.1),
     ("AUG.CUTMIX_MINMAX", [0.2]),
     ("AUG.CUTMIX_MINMAX", [0.8, 0.2]),
+    ("AUG.CUTMIX_MINMAX", [0.5, 0.5]),
+    ("AUG.CUTMIX_MINMAX", [0.5, 0.504]),  # both 112 of 224 pixels
     ("AUG.MIXUP_PROB", 1.1),
     ("AUG.MIXUP_SWITCH_PROB", -0.1),
     ("DISTILL.KIND", "firm"),
@@ -738,6 +740,7 @@ def test_a_value_that_cannot_work_is_refused_by_its_key(name, value):
         ("DATA.NUM_WORKERS", 0),
         ("DATA.IMG_SIZE", 33),
         ("AUG.CUTMIX_MINMAX", [0.2, 0.8]),
+        ("AUG.CUTMIX_MINMAX", [0.5, 0.505]),
         ("AUG.SCALE", [1.0, 1.0]),
         ("AUG.MIXUP", 0.0),
         ("TRAIN.EMA_DECAY", 0.9999),

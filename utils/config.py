@@ -374,6 +374,12 @@ def check(config: CfgNode) -> None:
             f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} is odd, but mixup and cutmix pair the images: "
             "use an even one, or set AUG.MIXUP and AUG.CUTMIX to 0"
         )
+    minmax, size = config.AUG.CUTMIX_MINMAX, config.DATA.IMG_SIZE
+    if minmax is not None and int(size * minmax[0]) == int(size * minmax[1]):  # timm draws below the upper one
+        raise UserError(
+            f"AUG.CUTMIX_MINMAX {minmax} are the same pixel of DATA.IMG_SIZE {size}, and no side can be drawn between "
+            "them: give shares farther apart, or None"
+        )
     if config.DATA.INTERPOLATION == "lanczos" and config.AUG.AUTO_AUGMENT not in ("none", "3a"):
         raise UserError(
             f"DATA.INTERPOLATION lanczos cannot rotate, as AUG.AUTO_AUGMENT {config.AUG.AUTO_AUGMENT} does: "
