@@ -116,6 +116,8 @@ class TimmSource:
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
         self._reader = getattr(dataset, "reader", None)  # torchvision's data sets have none
+        if hasattr(dataset, "loader"):
+            dataset.loader = Image.open  # as torchvision's own cuts 16 bits off above 255, which `as_mode` does not
         self.classes = class_names(dataset)
 
     def __len__(self) -> int:

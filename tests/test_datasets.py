@@ -421,6 +421,14 @@ def test_timms_data_sets_hold_what_the_folder_holds(packed, name, split):
     assert contents(source) == contents(FolderSource(packed / split))
 
 
+def test_torchvisions_folders_have_sixteen_bits_scaled_as_ours(tmp_path):
+    root = write_folder(tmp_path / "val", {"a": 1})
+    Image.fromarray(np.full((9, 9), 30_000, np.uint16)).save(root / "a" / "000.png")
+    settings = configured(DATA__DATASET="torch/image_folder", DATA__DATA_PATH=str(tmp_path))
+    found = contents(open_split(settings, "val", is_training=False))
+    assert found == contents(FolderSource(root)) == {("a", bytes([30_000 // 257]) * (9 * 9 * 3)): 1}
+
+
 def test_a_network_of_a_folder_scores_a_tar_file_by_the_names_of_the_classes(packed):
     folder = FolderSource(packed / "val")
     tar = open_split(configured(DATA__DATASET="tar", DATA__DATA_PATH=str(packed)), "val", is_training=False)
