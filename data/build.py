@@ -19,7 +19,7 @@ from data.finish import Normalize
 from data.samplers import TrainBatchSampler
 from data.transforms import eval_transform, train_transform
 from utils.config import mixes
-from utils.dist import World
+from utils.dist import World, check_alike
 from utils.errors import UserError
 from utils.signals import end_loaders, ignore_stop_signals
 
@@ -153,6 +153,22 @@ def build_eval_data(config: CfgNode, world: World, known: list[str] | None, num_
         return EvalData(loader, finish, stream.classes, source.reader.num_samples or 0, rounds=0)
     to_class = map_classes(source.classes, known, num_classes or len(source.classes or []))
     return eval_data(ImageSamples(source, transform, to_class), config, world)
+
+
+def check_readers(data: EvalData) -> None:
+    """Refuses a stream that ranks read with unlike numbers of processes; every rank must call.
+
+    Shards are dealt out to the processes of a rank: with other numbers of them, ranks would score some images twice
+    and others never.
+
+    Raises:
+        UserError: On all ranks.
+    """
+    readers = max(data.loader.num_workers, 1) if isinstance(data.loader.dataset, ImageStream) else 0
+    check_alike(
+        {"the number of processes that read the stream": readers},
+        "set DATA.NUM_WORKERS to the same on all of them, and to no more than each has cores for",
+    )
 
 
 def eval_data(samples: ImageSamples, config: CfgNode, world: World) -> EvalData:

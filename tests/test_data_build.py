@@ -34,7 +34,7 @@ from PIL import Image
 from timm.data import IterableImageDataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from data.build import build_eval_data, build_mixup, build_train_data
+from data.build import build_eval_data, build_mixup, build_train_data, check_readers
 from utils.dist import World
 from utils.errors import UserError
 from utils.seeding import seed_everything
@@ -461,6 +461,30 @@ def test_a_stream_is_scored_exactly_once(streamed, ranks, workers):
     seen = [found for data in shares for found in numbers_of(data.loader)]
     assert sorted(seen) == [(number, number % 3) for number in range(11)]
     assert {data.images for data in shares} == {11}
+
+
+@pytest.fixture
+def check_ranks(monkeypatch):
+    """Checks the validation data of ranks that have so many loader processes."""
+
+    def check(config, *workers):
+        told = []
+        monkeypatch.setattr("utils.dist.gather_objects", lambda facts: told.append(facts) or told)
+        for rank, config.DATA.NUM_WORKERS in enumerate(workers):
+            check_readers(build_eval_data(config, World(rank, len(workers), CPU), None, 3))
+
+    return check
+
+
+def test_ranks_read_a_stream_with_as_many_processes_or_not_at_all(streamed, check_ranks):
+    for workers in ((2, 2), (0, 1), (1, 0)):  # without a loader process, the rank's own reads
+        check_ranks(streamed, *workers)
+    with pytest.raises(UserError, match=r"read the stream is 2 on rank 0 and 1 on rank 1: set DATA\.NUM_WORKERS"):
+        check_ranks(streamed, 2, 1)
+
+
+def test_ranks_may_read_a_folder_with_unlike_numbers_of_processes(root, check_ranks):
+    check_ranks(small_data_config(root), 2, 1)
 
 
 def test_a_streams_classes_must_be_the_networks(streamed):

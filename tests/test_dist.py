@@ -27,6 +27,7 @@ from helpers_unit import (
 )
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from utils import trainer
 from utils.dist import (
@@ -265,7 +266,7 @@ def know_alike(world):
 
 def train_apart(world):
     """What is said where ranks would train on other data, in folders of their own."""
-    data = SimpleNamespace(classes=["a"], images=8 + world.rank, steps_per_epoch=2)
+    data = SimpleNamespace(classes=["a"], images=8 + world.rank, steps_per_epoch=2, loader=DataLoader([]))
     task = SimpleNamespace(
         open_data=lambda *_: (data, data), build_network=lambda *_: small_network(), load_to_start=None
     )

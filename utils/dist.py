@@ -190,11 +190,15 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def check_alike(facts: Mapping[str, Any]) -> None:
+def check_alike(
+    facts: Mapping[str, Any],
+    advice: str = "give all of them the same command and data, and GPUs of several kinds a --precision",
+) -> None:
     """Refuses ranks that do not know the same: what all of them must have alike; every rank must call.
 
     Args:
         facts: What this rank knows, by what to call it.
+        advice: What to do where it differs.
 
     Raises:
         UserError: On all ranks, the first that differs.
@@ -203,10 +207,7 @@ def check_alike(facts: Mapping[str, Any]) -> None:
     for rank, other in enumerate(others, 1):
         for name in {**first, **other}:
             if first.get(name) != other.get(name):
-                raise UserError(
-                    f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}: "
-                    "give all of them the same command and data, and GPUs of several kinds a --precision"
-                )
+                raise UserError(f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}: {advice}")
 
 
 @contextmanager

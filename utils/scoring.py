@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from data.build import EvalData, build_eval_data
+from data.build import EvalData, build_eval_data, check_readers
 from models.build import build_model, load_weights
 from models.fuse import fuse
 from utils import checkpoint
@@ -154,6 +154,7 @@ def score_weights(
         network = fuse(network) if fused else network
         network.to(world.device, memory_format=memory_format(config))
         log_matched(eval_data.classes, classes)
+    check_readers(eval_data)
     score, images_per_s = score_timed(network, eval_data, world, precision, sums)
     return Scored(score, images_per_s, network.num_classes, classes or eval_data.classes, eval_data)
 

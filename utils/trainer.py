@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from data.build import EvalData, TrainData
+from data.build import EvalData, TrainData, check_readers
 from utils import checkpoint
 from utils.config import accumulation_steps, flatten
 from utils.dist import World, broadcast_buffers, check_alike, together
@@ -79,6 +79,7 @@ def train(config: CfgNode, world: World, precision: Precision, task: Task) -> No
         if not found:
             start_from_pretrained(config, network, train_data.classes, task.load_to_start)
         steps_per_epoch = steps_of_epoch(config, found, train_data.steps_per_epoch)
+    check_readers(eval_data)  # those of training are as many
     check_alike(what_ranks_share(config, precision, train_data, eval_data))
     training = build_training(config, world, precision, task, network, steps_per_epoch)
     with together():
