@@ -114,6 +114,14 @@ def test_an_image_of_the_mode_asked_for_is_not_changed(mode):
     assert as_mode(through_file(image), mode).tobytes() == image.tobytes()
 
 
+@pytest.mark.parametrize(("form", "is_turned"), [("JPEG", False), ("PNG", False), ("WEBP", False), ("TIFF", True)])
+def test_only_tiff_files_are_turned_by_their_orientation(form, is_turned):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right
+    file = through_file(noise(0, SIZE), form, exif=exif)
+    assert file.size == as_mode(file, "RGB").size == (SIZE[::-1] if is_turned else SIZE)
+
+
 def test_an_image_is_decoded_whole():
     buffer = io.BytesIO()
     noise(0).save(buffer, "PNG")
