@@ -460,6 +460,15 @@ def test_a_broken_image_of_timms_data_sets_is_named_too(tmp_path, name):
     assert replaced[2] == complaints[1]
 
 
+def test_a_broken_image_of_a_tar_file_is_told_in_the_same_words_each_time(tmp_path):
+    root = write_folder(tmp_path / "train", {"a": 1})
+    (root / "a" / "000.png").write_bytes(b"text")
+    write_tar(tmp_path / "train.tar", root)
+    source = open_split(configured(DATA__DATASET="tar", DATA__DATA_PATH=str(tmp_path)), "train", is_training=True)
+    said = ImageSamples(source, only_decoded(pixels))[0][2]  # without a place in memory, which is another each time
+    assert said.endswith("a/000.png of class a is broken (cannot identify image file <_io.BytesIO object>)")
+
+
 @pytest.mark.parametrize("content", [b"no tar file" * 100, b""], ids=["text", "empty"])
 def test_a_tar_file_that_is_none_is_refused(tmp_path, content):
     (tmp_path / "train.tar").write_bytes(content)

@@ -1,6 +1,7 @@
 """The one kind of error that a user can mend."""
 
 import errno
+import re
 from pathlib import Path
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -35,9 +36,9 @@ class Stopped(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line."""
+    """An error in one line, the same each time: without the addresses of objects that PIL and others tell."""
     name = type(error).__name__
-    first = (str(error).splitlines() or [name])[0]
+    first = re.sub(r" at 0x[0-9a-fA-F]+", "", (str(error).splitlines() or [name])[0])
     return f"{name} {first}" if isinstance(error, KeyError) else first  # whose text is the key alone
 
 
