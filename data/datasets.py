@@ -132,9 +132,9 @@ class TimmSource:
         return Image.open(file), int(target)
 
     def name(self, index: int) -> str:
-        """What the reader calls the sample, or its file where torchvision tells."""
+        """What the reader calls the sample, or its file where torchvision tells; its number where neither does."""
         if self._reader is not None:
-            return self._reader.filename(index)
+            return self._reader.filename(index) or f"sample {index}"
         samples = getattr(self._dataset, "samples", None)
         return str(samples[index][0]) if samples else f"sample {index}"
 

@@ -40,6 +40,7 @@ from data.datasets import (
     FolderSource,
     ImageSamples,
     ImageStream,
+    TimmSource,
     check_same_classes,
     class_names,
     count_classes,
@@ -467,6 +468,12 @@ def test_a_broken_image_of_a_tar_file_is_told_in_the_same_words_each_time(tmp_pa
     source = open_split(configured(DATA__DATASET="tar", DATA__DATA_PATH=str(tmp_path)), "train", is_training=True)
     said = ImageSamples(source, only_decoded(pixels))[0][2]  # without a place in memory, which is another each time
     assert said.endswith("a/000.png of class a is broken (cannot identify image file <_io.BytesIO object>)")
+
+
+@pytest.mark.parametrize(("path", "name"), [("cat.png", "cat.png"), (None, "sample 7")])
+def test_a_sample_that_its_reader_does_not_name_is_called_by_its_number(path, name):
+    reader = SimpleNamespace(filename=lambda index: path)  # Hugging Face's, of images that were made in memory
+    assert TimmSource(SimpleNamespace(reader=reader)).name(7) == name
 
 
 @pytest.mark.parametrize("content", [b"no tar file" * 100, b""], ids=["text", "empty"])
