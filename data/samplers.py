@@ -1,6 +1,7 @@
 """Which samples, in which order, on which rank."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch.utils.data import Sampler
@@ -95,3 +96,37 @@ class EndlessBatchSampler(TrainBatchSampler):
         index, before = order[place], self.epoch * len(order)
         passes = (before + place) // self._length
         return index, number_for(self._seed, "augment", passes, index)
+
+
+class AlikeBatchSampler(TrainBatchSampler):
+    """As `TrainBatchSampler`, with updates whose samples are of one kind, but for the last ones of an epoch.
+
+    An epoch has the same samples, of which each update takes the next of one kind, so that the order depends on the
+    images of an update, too, but not on how many ranks and micro-batches share them.
+
+    Args:
+        kinds: Of each sample.
+        per_update: Samples of an update over all ranks.
+        batch_size: Samples of a micro-batch on each rank.
+        rank: This rank.
+        ranks: Number of ranks.
+        seed: The run's seed.
+    """
+
+    def __init__(
+        self, kinds: Sequence[Hashable], per_update: int, batch_size: int, rank: int, ranks: int, seed: int
+    ) -> None:
+        super().__init__(len(kinds), batch_size, rank, ranks, seed)
+        self._kinds, self._per_update = kinds, per_update
+
+    def _order(self, epoch: int) -> list[int]:
+        order, arranged = super()._order(epoch), []
+        waiting: dict[Hashable, list[int]] = {}
+        in_updates = len(order) // self._per_update * self._per_update  # a rare kind is not left out more often
+        for index in order[:in_updates]:
+            alike = waiting.setdefault(self._kinds[index], [])
+            alike.append(index)
+            if len(alike) == self._per_update:
+                arranged += alike
+                alike.clear()
+        return [*arranged, *chain.from_iterable(waiting.values()), *order[in_updates:]]

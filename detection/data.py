@@ -20,10 +20,11 @@ from yacs.config import CfgNode
 from data.build import EvalData, TrainData, check_steps, loader_settings, share_out
 from data.datasets import ImageSamples, blank_image, data_root
 from data.decoding import as_mode
-from data.samplers import TrainBatchSampler
+from data.samplers import AlikeBatchSampler
 from data.transforms import Transform, image_mode
 from detection.batch import Batch, Objects, finish
 from detection.coco import categories, check_masks, decode_mask, read_coco
+from utils.config import accumulation_steps
 from utils.dist import World
 from utils.errors import UserError
 
@@ -70,6 +71,10 @@ class CocoSource:
         coco: Their annotations.
         with_masks: Whether objects come with masks.
 
+    Attributes:
+        classes: Names by class number.
+        upright: Whether each image is higher than wide.
+
     Raises:
         UserError: If the folder is missing.
     """
@@ -83,6 +88,7 @@ class CocoSource:
         numbers = {category: number for number, category in enumerate(names)}
         self.classes: list[str] | None = list(names.values())
         self._folder, self._with_masks = folder, with_masks
+        self.upright = [image["height"] > image["width"] for image in coco.dataset["images"]]
         entries = []
         for image in coco.dataset["images"]:
             objects = [
@@ -173,6 +179,9 @@ def collate(samples: list[tuple[Picture, int, str]]) -> tuple[Batch, Tensor, lis
 def build_train_data(config: CfgNode, world: World) -> TrainData:
     """Training data; its batches are `collate`'s.
 
+    Images of a batch are padded to one size, of an upright one and another to a square two thirds larger than either.
+    So updates have images that are all upright or all not.
+
     Raises:
         UserError: If the data is missing or malformed, or an epoch has no update.
     """
@@ -180,7 +189,8 @@ def build_train_data(config: CfgNode, world: World) -> TrainData:
     source, _ = _open(config, data.TRAIN_IMAGES, data.TRAIN_ANNOTATIONS)
     replace = data.ON_ERROR == "skip"
     samples = ImageSamples(source, transform(config, is_training=True), replace=replace, blank=source.blank)
-    sampler = TrainBatchSampler(len(source), data.BATCH_SIZE, world.rank, world.size, config.SEED)
+    per_update = data.BATCH_SIZE * world.size * accumulation_steps(config)
+    sampler = AlikeBatchSampler(source.upright, per_update, data.BATCH_SIZE, world.rank, world.size, config.SEED)
     check_steps(config, world, len(source), len(sampler))
     loader = DataLoader(samples, batch_sampler=sampler, **loader_settings(config, world, collate))
     return TrainData(loader, source.classes, len(source), len(sampler))

@@ -164,6 +164,15 @@ def test_batches_are_the_same_for_any_number_of_loader_processes(coco_tree):
             assert all(torch.equal(objects[name], other_objects[name]) for name in objects)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_images_of_an_update_are_all_upright_or_all_not(tmp_path, steps):
+    write_coco(tmp_path, "train2017", 24, seed=3)  # a third of them upright
+    data = build_train_data(configured("TRAIN.ACCUMULATION_STEPS", steps, data=tmp_path), ALONE)
+    upright = [image.shape[1] > image.shape[2] for batch, _, _ in data.loader for image in batch.images]
+    updates = [set(upright[start : start + 2 * steps]) for start in range(0, 24, 2 * steps)]
+    assert sorted(updates, key=max) == [{False}] * (8 // steps) + [{True}] * (4 // steps)
+
+
 def test_loaders_may_have_processes_that_are_spawned(coco_tree):
     for build in (build_train_data, build_eval_data):
         assert equal(*batch_here_and_spawned(build(configured(data=coco_tree), ALONE).loader))

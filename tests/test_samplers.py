@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from data.samplers import EndlessBatchSampler, TrainBatchSampler
+from data.samplers import AlikeBatchSampler, EndlessBatchSampler, TrainBatchSampler
 
 SPLITS = [(1, 8), (2, 4), (4, 2), (8, 1)]  # (ranks, batch size of each) of one global batch of 8
 
@@ -240,3 +240,36 @@ def test_an_epoch_of_so_many_batches_that_is_gone_on_with_is_the_tail_of_the_who
 
 def test_no_samples_give_no_batches_however_many_are_asked_for():
     assert list(EndlessBatchSampler(0, 5, 3, 0, 1, seed=1)) == []
+
+
+# Updates of samples that are alike
+
+
+def alike(kinds, per_update, batch_size=None, rank=0, ranks=1, epoch=0):
+    sampler = AlikeBatchSampler(kinds, per_update, batch_size or per_update, rank, ranks, seed=6)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+@given(kinds=st.lists(st.booleans(), max_size=90), per_update=st.integers(1, 9), epoch=st.integers(0, 3))
+@examples(60)
+def test_updates_are_of_one_kind_and_an_epoch_of_the_samples_that_it_would_have_anyway(kinds, per_update, epoch):
+    batches = alike(kinds, per_update, epoch=epoch)
+    assert sorted(flat(batches)) == sorted(flat(epoch_of(len(kinds), per_update, seed=6, epoch=epoch)))
+    mixed = [len({kinds[index] for index, _ in batch}) > 1 for batch in batches]
+    assert sum(mixed) <= 1 and not any(mixed[:-1])
+
+
+def test_samples_of_one_kind_come_in_the_order_that_they_would_have_anyway():
+    assert alike([True] * 43, 8, 4, 1, 2) == epoch_of(43, 4, 1, 2, seed=6)
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 4), (2, 2), (2, 4), (8, 1)])
+def test_updates_of_one_kind_do_not_depend_on_how_they_are_cut(ranks, batch_size):
+    kinds = [number % 3 == 0 for number in range(50)]
+    whole = alike(kinds, 8)
+    shares = [flat(alike(kinds, 8, batch_size, rank, ranks)) for rank in range(ranks)]
+    of_rank = 8 // ranks
+    for update, keys in enumerate(whole):
+        dealt = [share[update * of_rank : (update + 1) * of_rank] for share in shares]
+        assert sorted(key for of in dealt for key in of) == sorted(keys)
