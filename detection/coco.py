@@ -36,7 +36,8 @@ def silence() -> Iterator[None]:
 def read_coco(path: Path) -> COCO:
     """Reads annotations; they get ids from 1 on, and where they have none their box's area and 'iscrowd' 0.
 
-    What is null, or no number such as NaN, is as good as missing.
+    What is null, or no number such as NaN, is as good as missing. Sides of images become whole numbers, as
+    pycocotools draws masks of no others.
 
     Raises:
         UserError: If the file is missing or malformed, or something in it refers to what is not there.
@@ -51,6 +52,8 @@ def read_coco(path: Path) -> COCO:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({reason(error)}): name a file of COCO's annotations") from None
     _check(content, path)
+    for image in content["images"]:
+        image["width"], image["height"] = int(image["width"]), int(image["height"])
     for number, annotation in enumerate(content["annotations"], 1):
         annotation["id"] = number  # pycocotools takes 0 for no annotation
         for key, value in (("iscrowd", 0), ("area", annotation["bbox"][2] * annotation["bbox"][3])):

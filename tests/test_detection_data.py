@@ -120,6 +120,18 @@ def test_what_scoring_takes_for_granted_is_filled_in(tree, lose):
         assert (annotation["id"], annotation["iscrowd"], annotation["area"]) == (number, 0, width * height)
 
 
+def test_sides_of_images_may_be_written_as_fractions(tree):
+    wanted = source_of(tree).read(0)[0].objects["masks"]
+
+    def edit(content):
+        for image in content["images"]:
+            image.update(width=float(image["width"]), height=float(image["height"]))
+
+    edited(tree, "train2017", edit)
+    assert torch.equal(source_of(tree).read(0)[0].objects["masks"], wanted)
+    assert len(source_of(tree).read(3)[0].objects["masks"]) == 0
+
+
 def test_boxes_and_masks_are_flipped_with_their_image_and_by_the_seed_alone(coco_tree):
     data = build_train_data(configured("AUG.HFLIP", 0.5, data=coco_tree), ALONE)
     samples, flips = data.loader.dataset, set()
