@@ -99,7 +99,7 @@ def draw(pixels: Tensor, marks: Sequence[dict[str, Any]], names: dict[Any, str],
         masks = F.resize(masks, list(pixels.shape[1:]), F.InterpolationMode.NEAREST).bool()
         pixels = draw_segmentation_masks(pixels, masks, alpha=0.45, colors=colours)
     boxes = torch.tensor([mark["bbox"] for mark in marks], dtype=torch.float32)
-    boxes[:, 2:] += boxes[:, :2]
+    boxes[:, 2:] = boxes[:, :2] + boxes[:, 2:].clamp(min=0)  # an annotation may have a negative extent
     return draw_bounding_boxes(
         pixels,
         boxes * scale,

@@ -101,6 +101,13 @@ def test_boxes_and_masks_are_drawn_at_their_places_in_an_enlarged_picture():
         assert [rows.min(), columns.min(), rows.max(), columns.max()] == pytest.approx(wanted, abs=1)
 
 
+def test_a_box_of_negative_extent_is_drawn_as_one_of_none():
+    pixels = torch.full((3, 300, 300), 128, dtype=torch.uint8)
+    boxes = [[50, 40, width, 60] for width in (-9, 0)]
+    turned, empty = (draw(pixels, [{"bbox": box, "category_id": 5}], CATEGORIES, with_masks=False) for box in boxes)
+    assert torch.equal(turned, empty) and (turned != pixels).any()
+
+
 def test_marks_have_their_categorys_colour_and_its_name_and_how_sure_they_are(monkeypatch):
     drawn = mock.Mock(wraps=draw_bounding_boxes)
     monkeypatch.setattr(pictures, "draw_bounding_boxes", drawn)
