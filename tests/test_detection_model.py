@@ -1,6 +1,7 @@
 """Detectors on the backbone: their shapes, what they learn from, what they answer, and what they start from."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet, maskrc
 
 from detection.batch import Batch, finish
 from detection.config import check, default_config
-from detection.model import Detector, SumOfLosses, build_detector, load_to_start
+from detection.model import Detector, SumOfLosses, build_detector, load_to_start, paste_masks
 from detection.task import detection
 from models import GroupMixFormer
 from models.published import to_published
@@ -260,6 +261,44 @@ def test_anchors_are_the_same_under_autocast(name):
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             network(Batch([torch.rand(3, 64, 1300)], []))
     torch.testing.assert_close(answers[1], answers[0], rtol=0, atol=0)
+
+
+# Masks
+
+
+def disc(x, y, diameter, size):
+    """The mask [H, W] of a disc."""
+    rows, columns = (torch.arange(length) + 0.5 for length in size)
+    return ((rows[:, None] - y) ** 2 + (columns - x) ** 2 <= diameter**2 / 4).byte()
+
+
+@pytest.mark.parametrize("diameter", [12, 20, 32])
+def test_a_right_mask_covers_its_object_wherever_that_lies(diameter):
+    transform = build().eval().detector.transform
+    for x, y in ((20.5, 30.2), (31.9, 24.0), (40.3, 20.7), (24.6, 39.5)):
+        truth, half = disc(x, y, diameter, (60, 60)), diameter / 2
+        boxes = torch.tensor([[x - half, y - half, x + half, y + half]])
+        fine = disc(28, 28, 56, (56, 56)).float()[None, None]
+        masks = nn.functional.avg_pool2d(fine, 2)  # share of each of the mask's pixels
+        (found,) = transform.postprocess([{"boxes": 2 * boxes, "masks": masks}], [(120, 120)], [(60, 60)])
+        mask = found["masks"][0, 0] >= 0.5
+        assert torch.equal(found["boxes"], boxes)
+        assert (mask & truth.bool()).sum() / (mask | truth.bool()).sum() > 0.95
+
+
+def test_masks_are_interpolated_at_the_middles_of_their_boxes_pixels():
+    masks = torch.rand(4, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[1.3, 2.8, 9.1, 7.4], [0, 0, 12, 10], [11.2, 8.9, 12, 10], [-1e-6, 4.2, 4.3, 10.000001]])
+    wanted = torch.zeros(4, 1, 10, 12)
+    for mask, (left, top, right, bottom), pixels in zip(masks, boxes.tolist(), wanted, strict=True):
+        for row in range(int(top), min(math.ceil(bottom), 10)):
+            for column in range(int(left), math.ceil(right)):
+                y, x = (row + 0.5 - top) / (bottom - top) * 5 - 0.5, (column + 0.5 - left) / (right - left) * 5 - 0.5
+                pixels[0, row, column] = sum(
+                    mask[0, i, j] * max(1 - abs(y - i), 0) * max(1 - abs(x - j), 0) for i in range(5) for j in range(5)
+                )
+    torch.testing.assert_close(paste_masks(masks, boxes, (10, 12)), wanted)
+    assert paste_masks(masks[:0], boxes[:0], (10, 12)).shape == (0, 1, 10, 12)
 
 
 # What it starts from
