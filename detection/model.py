@@ -19,6 +19,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.poolers import LevelMapper
 from yacs.config import CfgNode
 
 from detection.batch import Batch, Objects
@@ -229,13 +230,12 @@ def _build_rcnn(
     settings: CfgNode, pyramid: Pyramid, num_classes: int, anchors: AnchorGenerator, shared: Mapping[str, Any]
 ) -> FasterRCNN | MaskRCNN:
     channels, width, outputs = settings.FPN_CHANNELS, settings.HEAD_WIDTH, num_classes + 1
-    names = [str(level) for level in range(len(pyramid.stages))]
     kind: type[FasterRCNN] = FasterRCNN
     masks: dict[str, nn.Module] = {}
     if settings.NAME == "mask_rcnn":
         kind = MaskRCNN
         masks = {
-            "mask_roi_pool": MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2),
+            "mask_roi_pool": _region_pool(pyramid, 14),
             "mask_head": MaskRCNNHeads(channels, (channels,) * 4, dilation=1),
             "mask_predictor": MaskRCNNPredictor(channels, channels, outputs),
         }
@@ -247,7 +247,7 @@ def _build_rcnn(
         rpn_post_nms_top_n_train=settings.PROPOSALS,
         rpn_pre_nms_top_n_test=settings.PROPOSALS,
         rpn_post_nms_top_n_test=settings.PROPOSALS,
-        box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
+        box_roi_pool=_region_pool(pyramid, 7),
         box_head=TwoMLPHead(channels * 7 * 7, width),
         box_predictor=FastRCNNPredictor(width, outputs),
         box_batch_size_per_image=settings.BOX_SAMPLES,
@@ -259,6 +259,16 @@ def _build_rcnn(
     )
     detector.transform = ExactMasks(**shared)
     return detector
+
+
+def _region_pool(pyramid: Pyramid, size: int) -> MultiScaleRoIAlign:
+    """torchvision's, told the strides of the levels, which it would guess for good from the first image that it sees:
+    a low one, such as of 40 pixels that are padded to 64, would have it look at the wrong places of all."""
+    strides = [pyramid.body.feature_info[stage]["reduction"] for stage in pyramid.stages]
+    pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], size, sampling_ratio=2)
+    pool.scales = [1 / stride for stride in strides]
+    pool.map_levels = LevelMapper(*(int(math.log2(stride)) for stride in (strides[0], strides[-1])))
+    return pool
 
 
 class SumOfLosses(nn.Module):

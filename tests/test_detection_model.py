@@ -137,6 +137,16 @@ def test_what_is_found_is_in_pixels_of_the_image_and_numbered_from_0(name):
             assert objects_["masks"].shape == (len(boxes), 1, height, width)
 
 
+@pytest.mark.parametrize("height", [40, 66])  # padded to 64 and 96
+def test_what_is_found_does_not_depend_on_the_image_that_was_seen_first(height):
+    options = ("DATA.SHORT_SIDES", "[96]", "DATA.LONG_SIDE", 128, "MODEL.DETECTOR.SCORE_THRESHOLD", 0.0)
+    image = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(0))
+    fresh, other = build(*options).eval(), build(*options).eval()
+    with torch.inference_mode():
+        other(Batch([image[:, :height]], []))
+        assert equal(fresh(Batch([image], [])), other(Batch([image], [])))
+
+
 @pytest.mark.parametrize(("name", "shift"), [("mask_rcnn", 1), ("faster_rcnn", 1), ("retinanet", 0)])
 def test_classes_are_numbered_from_0_around_detectors_whose_first_is_the_background(name, shift, monkeypatch):
     network, seen = build("MODEL.DETECTOR.NAME", name), []
