@@ -82,7 +82,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: Sequence[int]) -> Tensor:
             for pixels, start, end in ((rows, top, bottom), (columns, left, right))
         )  # middles of pixels, from -1 to 1 in the box
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-        values = F.grid_sample(mask[None], grid[None], align_corners=False)[0]
+        values = F.grid_sample(mask[None].float(), grid[None], align_corners=False)[0]
         whole[:, rows.start : rows.stop, columns.start : columns.stop] = values
     return pasted
 

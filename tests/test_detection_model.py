@@ -309,6 +309,7 @@ def test_masks_are_interpolated_at_the_middles_of_their_boxes_pixels():
                 )
     torch.testing.assert_close(paste_masks(masks, boxes, (10, 12)), wanted)
     assert paste_masks(masks[:0], boxes[:0], (10, 12)).shape == (0, 1, 10, 12)
+    assert paste_masks(masks.bfloat16(), boxes, (10, 12)).dtype == torch.bfloat16
 
 
 # What it starts from
