@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tools.runs.comparing import Curves, draw_comparison
+from tools.runs.comparing import Run, draw_comparison
 from utils.config import default_config
 from utils.console import markdown_table
 
@@ -118,7 +118,7 @@ def test_equal_configurations_are_told_of(call, runs, tmp_path):
 def curves(loss=1.0, **scores):
     updates = [{"epoch": number / 8, "loss": loss, "lr": 0.1} for number in range(1, 17)]
     lines = [{"epoch": epoch, "update": epoch, "loss": loss, **scores} for epoch in (1, 2)]
-    return Curves(updates, lines)
+    return Run({}, updates, lines)
 
 
 def colours(path):
@@ -156,7 +156,8 @@ def test_a_moving_average_is_drawn_beside_the_weights(tmp_path):
 
 
 def test_long_runs_and_single_epochs_can_be_drawn(tmp_path):
-    long = Curves([{"epoch": number / 99, "loss": 1.0, "lr": 0.1} for number in range(5000)], [{"epoch": 1, "acc1": 5}])
+    updates = [{"epoch": number / 99, "loss": 1.0, "lr": 0.1} for number in range(5000)]
+    long = Run({}, updates, [{"epoch": 1, "acc1": 5}])
     size, found = drawn(tmp_path / "long.png", long, curves(acc1=3))
     assert size[0] > 800 and len(found) >= 2
 

@@ -12,7 +12,6 @@ ema_ are those of the moving average, whose curves are dashed. OUTPUT and TAG, w
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 from yacs.config import CfgNode
 
-from tools.runs.comparing import Curves, draw_comparison
+from tools.runs.comparing import Run, draw_comparison
 from utils.checkpoint import write_text
 from utils.cli import Parser, check_report, run
 from utils.config import flatten
@@ -34,19 +33,6 @@ _NAMES_OF_FOLDERS = ("OUTPUT", "TAG")
 _NO_MEASURES = ("update", "epoch", "loss", "ema_loss")  # of the lines of a scored epoch
 
 Row = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run's folder tells.
-
-    Attributes:
-        settings: Its configuration, by dotted keys.
-        curves: What it logged.
-    """
-
-    settings: dict[str, Any]
-    curves: Curves
 
 
 def read_run(folder: Path) -> Run:
@@ -69,7 +55,7 @@ def read_run(folder: Path) -> Run:
             line["epoch"] = line["update"] / updates_per_epoch
     except (OSError, ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
         raise UserError(f"{folder} cannot be read as a run ({reason(error)}): leave it out") from None
-    return Run(settings, Curves([line for line in lines if "lr" in line], scores))
+    return Run(settings, [line for line in lines if "lr" in line], scores)
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -95,7 +81,7 @@ def table_of(names: Sequence[str], runs: Sequence[Run]) -> list[Row]:
 
     The best of every score and the epochs after which it was reached come first, then the keys that differ.
     """
-    settings, scores = [each.settings for each in runs], [each.curves.scores for each in runs]
+    settings, scores = [each.settings for each in runs], [each.scores for each in runs]
     measures = dict.fromkeys(key for line in chain(*scores) for key in line if key not in _NO_MEASURES)
     rows = [("", *names), ("epochs scored", *(str(len(lines)) for lines in scores))]
     rows += [(f"best {measure}", *(_best(lines, measure) for lines in scores)) for measure in measures]
@@ -144,7 +130,7 @@ def main() -> None:
     if arguments.markdown:
         write_text(arguments.markdown, markdown_table(rows) + "\n")
     if arguments.png:
-        draw_comparison(names, [each.curves for each in runs], arguments.png)
+        draw_comparison(names, runs, arguments.png)
 
 
 if __name__ == "__main__":

@@ -22,24 +22,26 @@ Line = dict[str, Any]  # of metrics.jsonl, with fractional epochs
 
 
 @dataclass(frozen=True)
-class Curves:
-    """What a run logged.
+class Run:
+    """What a run's folder tells.
 
     Attributes:
+        settings: Its configuration, by dotted keys.
         updates: Lines of training progress.
         scores: Lines of scored epochs.
     """
 
+    settings: dict[str, Any]
     updates: list[Line]
     scores: list[Line]
 
 
-def draw_comparison(names: Sequence[str], runs: Sequence[Curves], path: Path) -> None:
+def draw_comparison(names: Sequence[str], runs: Sequence[Run], path: Path) -> None:
     """Draws losses, every score that a run has, and the learning rate, over epochs.
 
     Args:
         names: Of the runs.
-        runs: What they logged.
+        runs: In the order of their names.
         path: The PNG to write.
 
     Raises:
