@@ -20,11 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.visualizing.attention import add_attention_arguments, draw_attention
 from tools.visualizing.class_activation import add_cam_arguments, draw_cam
-from tools.visualizing.figures import check_figure
+from tools.visualizing.figures import add_figure_arguments, check_figure
+from tools.visualizing.inputs import add_size_argument
 from tools.visualizing.receptive_field import add_receptive_field_arguments, draw_receptive_field
 from utils.cli import Parser, run
 from utils.dist import choose_device
-from utils.trained import trained_from
+from utils.trained import add_trained_arguments, trained_from
 
 
 def parse() -> argparse.Namespace:
@@ -46,7 +47,10 @@ def parse() -> argparse.Namespace:
         ),
     ):
         kind = kinds.add_parser(name, help=text, description=text)
+        add_trained_arguments(kind)
         add_arguments(kind)
+        add_size_argument(kind)
+        add_figure_arguments(kind)
         kind.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
         kind.set_defaults(draw=draw)
     arguments = parser.parse_args()

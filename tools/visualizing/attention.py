@@ -12,21 +12,20 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from models.attention_maps import AttentionMap, attention_maps
-from tools.visualizing.figures import add_figure_arguments, bare, extent_of, outline, save_figure, show_image
-from tools.visualizing.inputs import Inputs, add_size_argument
+from tools.visualizing.figures import bare, extent_of, outline, save_figure, show_image
+from tools.visualizing.inputs import Inputs
 from tools.visualizing.stages import choose_blocks
 from utils.cli import Parser
 from utils.errors import UserError
-from utils.trained import Trained, add_trained_arguments
+from utils.trained import Trained
 
 _COLOURS = "RdBu_r"  # from negative over 0, which is white, to positive
 _PANEL = 1.2  # inches
 
 
 def add_attention_arguments(parser: Parser) -> None:
-    """Adds the flags of `attention`."""
+    """Adds the flags that are `attention`'s own."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="an image file")
-    add_trained_arguments(parser)
     parser.add_argument(
         "--token",
         nargs=2,
@@ -43,8 +42,6 @@ def add_attention_arguments(parser: Parser) -> None:
         metavar="B",
         help="their blocks, from 0, 'last' or 'all' (default: last)",
     )
-    add_size_argument(parser)
-    add_figure_arguments(parser)
 
 
 def draw_attention(trained: Trained, arguments: argparse.Namespace, device: torch.device) -> list[str]:

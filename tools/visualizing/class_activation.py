@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.groupmixformer import GroupMixFormer
-from tools.visualizing.figures import add_figure_arguments, extent_of, save_figure, show_image
-from tools.visualizing.inputs import Inputs, add_size_argument
+from tools.visualizing.figures import extent_of, save_figure, show_image
+from tools.visualizing.inputs import Inputs
 from tools.visualizing.stages import check_stage
 from utils.cli import Parser
 from utils.errors import UserError, listing
-from utils.trained import Trained, add_trained_arguments
+from utils.trained import Trained
 
 _COLOURS = "turbo"
 _OPACITY = 0.5
@@ -44,9 +44,8 @@ class Activation:
 
 
 def add_cam_arguments(parser: Parser) -> None:
-    """Adds the flags of `cam`."""
+    """Adds the flags that are `cam`'s own."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    add_trained_arguments(parser)
     parser.add_argument(
         "--class",
         dest="classes",
@@ -57,8 +56,6 @@ def add_cam_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--stage", type=int, metavar="S", help="stage whose output is looked at, from 0 (default: the last)"
     )
-    add_size_argument(parser)
-    add_figure_arguments(parser)
 
 
 def draw_cam(trained: Trained, arguments: argparse.Namespace, device: torch.device) -> list[str]:

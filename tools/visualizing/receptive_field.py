@@ -14,14 +14,14 @@ from data.files import find_images, spread
 from models.build import build_model
 from models.groupmixformer import GroupMixFormer
 from models.receptive_fields import middle_pixel, receptive_fields, square_around
-from tools.visualizing.figures import add_figure_arguments, bare, extent_of, outline, save_figure
-from tools.visualizing.inputs import Inputs, add_size_argument
+from tools.visualizing.figures import bare, extent_of, outline, save_figure
+from tools.visualizing.inputs import Inputs
 from tools.visualizing.stages import check_stage
 from utils.cli import Parser, at_least
 from utils.console import markdown_table
 from utils.errors import UserError
 from utils.seeding import seed_everything
-from utils.trained import Trained, add_trained_arguments
+from utils.trained import Trained
 
 SHARES = (0.2, 0.5, 0.95)  # of the gradient, that squares are drawn around
 _STYLES = ("-", "--", ":")  # of their edges
@@ -31,9 +31,8 @@ _PANEL = 2.1  # inches
 
 
 def add_receptive_field_arguments(parser: Parser) -> None:
-    """Adds the flags of `receptive-field`."""
+    """Adds the flags that are `receptive-field`'s own."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="image files and folders of them")
-    add_trained_arguments(parser)
     parser.add_argument("--stage", nargs="+", type=int, metavar="S", help="stages, from 0 (default: all)")
     parser.add_argument(
         "--images",
@@ -44,8 +43,6 @@ def add_receptive_field_arguments(parser: Parser) -> None:
         help="how many images to average over (default 50)",
     )
     parser.add_argument("--untrained", action="store_true", help="beside the same network with fresh weights")
-    add_size_argument(parser)
-    add_figure_arguments(parser)
 
 
 def draw_receptive_field(trained: Trained, arguments: argparse.Namespace, device: torch.device) -> list[str]:
