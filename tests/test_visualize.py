@@ -105,7 +105,7 @@ def test_cam_tells_the_likeliest_class_of_each_image_and_its_probability(visuali
     inputs = Inputs(trained.config, None, CPU)
     for line, name in zip(out.splitlines(), ("one.png", "two.jpg"), strict=True):
         with torch.no_grad():
-            likeliest = trained.network(inputs.batch([inputs.read(folder / name)]))[0].softmax(0).max(0)
+            likeliest = trained.network(inputs.batch(inputs.read(folder / name)))[0].softmax(0).max(0)
         assert line == f"{folder / name}: {trained.labels[likeliest.indices]} ({likeliest.values:.1%})"
     assert min(Image.open(path).size) > 100
 
@@ -275,7 +275,7 @@ def test_fields_are_averaged_over_images_and_networks_stay_apart(trained, folder
     other = build_model(trained.config, 3).eval()
     files = [folder / "one.png", folder / "two.jpg"]
     fields = average_fields([network, other], [2], files, inputs)
-    batch = inputs.batch([inputs.read(path) for path in files])
+    batch = torch.cat([inputs.batch(inputs.read(path)) for path in files])
     for each, wanted in zip(fields, (network, other), strict=True):
         torch.testing.assert_close(each, receptive_fields(wanted, batch, [2]).double() / 2, rtol=1e-4, atol=1e-8)
 

@@ -57,7 +57,7 @@ def draw_attention(trained: Trained, arguments: argparse.Namespace, device: torc
     inputs = Inputs(trained.config, arguments.size, device)
     pixels = inputs.read(arguments.image)
     place = place_of(arguments.token, tuple(pixels.shape[1:]))
-    maps = attention_maps(trained.network, inputs.batch([pixels]), place, blocks)
+    maps = attention_maps(trained.network, inputs.batch(pixels), place, blocks)
     save_figure(attention_figure(pixels, maps), arguments.output, arguments.dpi)
     return [f"{name_of(each)}: token {each.token} of {shape_of(each)}" for each in maps]
 

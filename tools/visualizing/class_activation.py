@@ -73,7 +73,7 @@ def draw_cam(trained: Trained, arguments: argparse.Namespace, device: torch.devi
     inputs = Inputs(trained.config, arguments.size, device)
     images = [inputs.read(path) for path in arguments.images]
     found = [
-        activations(trained, inputs.batch([pixels]), numbers, stage)
+        activations(trained, inputs.batch(pixels), numbers, stage)
         for pixels in tqdm(images, "Grad-CAM", unit=" images", disable=None)
     ]
     save_figure(cam_figure(images, found, stage), arguments.output, arguments.dpi)

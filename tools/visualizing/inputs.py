@@ -1,7 +1,6 @@
 """Image files -> what the network sees of them."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -66,6 +65,6 @@ class Inputs:
             cause = getattr(error, "strerror", None) or reason(error)
             raise UserError(f"{path} cannot be read as an image ({cause}): name another") from None
 
-    def batch(self, images: Sequence[Tensor]) -> Tensor:
-        """The network's input from 8-bit images of one size, [B, C, H, W]."""
-        return self._finish(torch.stack(list(images)).to(self._device))
+    def batch(self, pixels: Tensor) -> Tensor:
+        """The network's input, [1, C, H, W], from the 8-bit pixels of an image."""
+        return self._finish(pixels[None].to(self._device))

@@ -83,7 +83,7 @@ def average_fields(
         if pixels.shape != shape:
             height, width = pixels.shape[1:]
             raise UserError(f"{path} is {height} x {width} pixels and the images before it are not: give a --size")
-        image = inputs.batch([pixels])
+        image = inputs.batch(pixels)
         total = total + torch.stack([receptive_fields(network, image, stages) for network in networks]).cpu().double()
     return total / len(files)
 
