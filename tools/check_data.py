@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,9 +202,7 @@ def check_data(dataset: str, root: Path, train: str, val: str, workers: int) -> 
 def _describe(source: Source, found: Findings) -> dict[str, Any]:
     images = Counter(map(source.class_of, range(len(source))))
     classes = {name: images[name] for name in source.classes or []}
-    by_area = sorted(found.sizes, key=lambda size: (size[0] * size[1], size))
-    up_to = accumulate(found.sizes[size] for size in by_area)
-    middle = [size for size, count in zip(by_area, up_to, strict=True) if 2 * count >= found.sizes.total()]
+    by_area = sorted(found.sizes.elements(), key=lambda size: (size[0] * size[1], size))
     return {
         "images": len(source),
         "classes": classes,
@@ -214,8 +212,8 @@ def _describe(source: Source, found: Findings) -> dict[str, Any]:
             for index, cause in found.broken.items()
         ],
         "sizes": {
-            name: sizes[place] if sizes else None  # (width, height)
-            for name, sizes, place in (("smallest", by_area, 0), ("median", middle, 0), ("largest", by_area, -1))
+            name: by_area[place] if by_area else None  # (width, height)
+            for name, place in (("smallest", 0), ("median", (len(by_area) - 1) // 2), ("largest", -1))
         },
         "small": sum(count for size, count in found.sizes.items() if min(size) < _SMALL),
         "modes": dict(found.modes.most_common()),
