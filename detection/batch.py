@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 Objects = dict[str, Tensor]  # 'boxes' [N, 4] as x1, y1, x2, y2 in pixels, 'labels' [N], perhaps 'masks' [N, H, W]
 
@@ -22,20 +23,12 @@ class Batch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """The batch on a device."""
-        return Batch(
-            [image.to(device, non_blocking=non_blocking) for image in self.images],
-            [
-                {name: value.to(device, non_blocking=non_blocking) for name, value in objects.items()}
-                for objects in self.targets
-            ],
-        )
+        parts = (self.images, self.targets)
+        return Batch(*tree_map(lambda tensor: tensor.to(device, non_blocking=non_blocking), parts))
 
     def pin_memory(self) -> "Batch":
         """The batch in memory that is copied to GPUs while others compute."""
-        return Batch(
-            [image.pin_memory() for image in self.images],
-            [{name: value.pin_memory() for name, value in objects.items()} for objects in self.targets],
-        )
+        return Batch(*tree_map(Tensor.pin_memory, (self.images, self.targets)))
 
 
 def finish(batch: Batch) -> Batch:
