@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -150,12 +151,13 @@ def kill_once(command: list[str], log: Path, chance: random.Random) -> str | Non
     time.sleep(chance.uniform(0, 0.3))
     ranks = children(process.pid)
     everything = [process.pid, *ranks, *(worker for rank in ranks for worker in children(rank))]
-    launcher = {"the launcher": [process.pid]} if is_launcher(command) else {}
-    of_ranks = {f"rank {rank}": [pid] for rank, pid in enumerate(ranks)} if launcher else {}
-    choices = {"all": everything, **launcher, **of_ranks}
+    choices = {"all": everything}
+    if "torch.distributed.run" in command:  # else the program itself is the only rank
+        choices |= {"the launcher": [process.pid], **{f"rank {rank}": [pid] for rank, pid in enumerate(ranks)}}
     victim = chance.choice(sorted(choices))
     for pid in choices[victim]:
-        kill(pid)
+        with suppress(ProcessLookupError):  # some end by themselves once others have gone
+            os.kill(pid, signal.SIGKILL)
     process.wait()
     patience = time.monotonic() + _PATIENCE_S
     while any(map(is_alive, everything)):
@@ -163,11 +165,6 @@ def kill_once(command: list[str], log: Path, chance: random.Random) -> str | Non
             sys.exit(f"after killing {victim}, something is still running:\n" + log.read_text()[-2000:])
         time.sleep(0.05)
     return victim
-
-
-def is_launcher(command: list[str]) -> bool:
-    """Whether a command starts ranks."""
-    return "torch.distributed.run" in command
 
 
 def count_lines(log: Path) -> int:
@@ -181,14 +178,6 @@ def children(pid: int) -> list[int]:
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-
-
-def kill(pid: int) -> None:
-    """Sends SIGKILL to a process, if it is still there."""
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def is_alive(pid: int) -> bool:
