@@ -67,15 +67,14 @@ def network_numbers(classes: list[str] | None, num_classes: int) -> dict[str, in
         UserError: If it has other classes.
     """
     synsets = imagenet_synsets()
-    if classes is None and num_classes == len(synsets):
-        classes = synsets
-    if sorted(classes or []) != synsets:
-        unknown = sorted(set(synsets) - set(classes or []))
+    classes = classes or (synsets if num_classes == len(synsets) else [])
+    if sorted(classes) != synsets:
+        unknown = sorted(set(synsets) - set(classes))
         raise UserError(
             f"the network's {num_classes} classes are not ImageNet-1K's (it does not know {listing(unknown, 3)}): "
             "name a checkpoint that was trained on the 1000 synsets"
         )
-    return {synset: number for number, synset in enumerate(classes or [])}
+    return {synset: number for number, synset in enumerate(classes)}
 
 
 def folder_synsets(root: Path, wanted: list[str]) -> list[str]:
