@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from utils.errors import UserError
-from utils.sheet import RIGHT, WRONG, contact_sheet, write_png
+from utils.sheet import PLAIN, RIGHT, WRONG, contact_sheet, write_png
 
 SIZE = 64
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F", "PA", "La", "RGBa")
@@ -21,6 +21,10 @@ def colour(sheet, box):
 
 def plain(rgb, size=(40, 40)):
     return Image.new("RGB", size, rgb)
+
+
+def dark(*lines):
+    return [(line, PLAIN) for line in lines]
 
 
 def ink(sheet):
@@ -54,7 +58,7 @@ def test_shape_of_a_picture_is_kept_and_it_lies_in_the_middle(size, wanted):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_images_of_every_mode_are_drawn(mode):
-    sheet = contact_sheet([(Image.new(mode, (30, 20)), ["a caption"])], columns=1, size=SIZE)
+    sheet = contact_sheet([(Image.new(mode, (30, 20)), dark("a caption"))], columns=1, size=SIZE)
     assert sheet.mode == "RGB" and ink(sheet) > 50
 
 
@@ -73,9 +77,9 @@ def test_images_of_more_bits_are_stretched_from_black_to_white(kind):
     assert pixels[10:13, 10:13, 0].tolist() == [[0, 128, 255]] * 3
 
 
-def test_each_line_has_its_colour_and_the_last_one_holds_for_the_rest():
-    picture, lines = plain((255, 255, 255)), ["lllll", "lllll", "lllll"]
-    sheet = contact_sheet([(picture, lines)], columns=1, size=SIZE, colours=[[RIGHT, WRONG]])
+def test_each_line_has_its_colour():
+    picture, lines = plain((255, 255, 255)), [("lllll", RIGHT), ("lllll", WRONG), ("lllll", WRONG)]
+    sheet = contact_sheet([(picture, lines)], columns=1, size=SIZE)
     height = (sheet.height - SIZE - 20) // 3
     rows = [np.asarray(sheet)[10 + SIZE + i * height : 10 + SIZE + (i + 1) * height] for i in range(3)]
     darkest = [row.reshape(-1, 3)[row.reshape(-1, 3).sum(1).argmin()] for row in rows]
@@ -83,15 +87,15 @@ def test_each_line_has_its_colour_and_the_last_one_holds_for_the_rest():
 
 
 def test_a_row_is_as_high_as_its_longest_caption():
-    one = contact_sheet([(plain(0), ["a"]), (plain(0), ["a"])], columns=1, size=SIZE)
-    more = contact_sheet([(plain(0), ["a"]), (plain(0), ["a", "b", "c"])], columns=1, size=SIZE)
+    one = contact_sheet([(plain(0), dark("a")), (plain(0), dark("a"))], columns=1, size=SIZE)
+    more = contact_sheet([(plain(0), dark("a")), (plain(0), dark("a", "b", "c"))], columns=1, size=SIZE)
     line = (one.height - 2 * SIZE - 30) // 2
     assert more.height == one.height + 2 * line
 
 
 def test_long_captions_end_in_the_cell_and_short_ones_are_whole():
-    short = contact_sheet([(plain(0), ["a name"])], columns=1, size=SIZE)
-    long = contact_sheet([(plain(0), ["a name that goes on " * 9])], columns=1, size=SIZE)
+    short = contact_sheet([(plain(0), dark("a name"))], columns=1, size=SIZE)
+    long = contact_sheet([(plain(0), dark("a name that goes on " * 9))], columns=1, size=SIZE)
     assert long.size == short.size
     assert colour(long, (SIZE + 11, 0, long.width, long.height)) == {(255, 255, 255)}
     assert ink(long) > ink(short)
@@ -100,17 +104,17 @@ def test_long_captions_end_in_the_cell_and_short_ones_are_whole():
 @examples(60)
 @given(st.lists(st.text(st.characters(codec=None), max_size=60), max_size=3), st.integers(1, 80))
 def test_no_text_is_too_strange_and_none_leaves_its_cell(lines, size):
-    sheet = contact_sheet([(plain(0), lines), (plain(0), lines)], columns=2, size=size)
+    sheet = contact_sheet([(plain(0), dark(*lines))] * 2, columns=2, size=size)
     assert sheet.size[0] == 2 * (size + 10) + 10
 
 
 def test_letters_that_the_font_lacks_and_broken_names_of_files_are_drawn_as_something():
-    sheet = contact_sheet([(plain(0), ["猫\ud83d\n\udcff\0"])], columns=1, size=SIZE)
+    sheet = contact_sheet([(plain(0), dark("猫\ud83d\n\udcff\0"))], columns=1, size=SIZE)
     assert ink(sheet.crop((0, SIZE + 10, sheet.width, sheet.height))) > 10
 
 
 def test_png_is_written_whole_or_not_at_all(tmp_path):
-    sheet = contact_sheet([(plain((1, 2, 3)), ["a"])], columns=1)
+    sheet = contact_sheet([(plain((1, 2, 3)), dark("a"))], columns=1)
     write_png(sheet, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as read:
         assert read.format == "PNG" and read.tobytes() == sheet.tobytes()

@@ -19,20 +19,16 @@ _WHITE = "#ffffff"
 
 
 def contact_sheet(
-    pictures: Sequence[tuple[Image.Image, Sequence[str]]],
-    columns: int,
-    size: int = 192,
-    colours: Sequence[Sequence[str]] | None = None,
+    pictures: Sequence[tuple[Image.Image, Sequence[tuple[str, str]]]], columns: int, size: int = 192
 ) -> Image.Image:
     """Draws pictures in rows, from left to right, each scaled to fit into a square, and its captions below it.
 
     Args:
-        pictures: Images of any mode and size, each with its caption lines. Lines wider than a cell end in an ellipsis.
-            Images of more than 8 bits a channel are drawn from their least value in black to their greatest in white.
+        pictures: Images of any mode and size, each with its caption lines and their colours, as PIL takes them. Lines
+            wider than a cell end in an ellipsis. Images of more than 8 bits a channel are drawn from their least value
+            in black to their greatest in white.
         columns: Pictures of a row, at least 1; fewer where there are fewer pictures.
         size: Width of a cell and side of its square, in pixels.
-        colours: For each picture the colours of its caption lines, as PIL takes them; the last one holds for the
-            lines after it. All lines are dark if None or empty.
 
     Returns:
         The sheet, in RGB.
@@ -52,10 +48,8 @@ def contact_sheet(
         left, top = _MARGIN + column * (size + _MARGIN), sum(heights[:row]) + (row + 1) * _MARGIN
         fitted = _fit(image, size)
         sheet.paste(fitted, (left + (size - fitted.width) // 2, top + (size - fitted.height) // 2))
-        of_lines = (colours[number] if colours else None) or [PLAIN]
-        for i, line in enumerate(lines):
-            place = (left, top + size + i * line_height)
-            draw.text(place, _shorten(line, font, size), of_lines[min(i, len(of_lines) - 1)], font)
+        for i, (line, colour) in enumerate(lines):
+            draw.text((left, top + size + i * line_height), _shorten(line, font, size), colour, font)
     return sheet
 
 

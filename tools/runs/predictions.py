@@ -95,13 +95,15 @@ def draw_sheet(predictions: list[Prediction], classes: list[str] | None, path: P
 
     The first class is green where it is the name of the image's folder, and red where another class is.
     """
-    pictures, colours = [], []
+    pictures = []
     for prediction in predictions:
         with Image.open(prediction.path) as image:
             picture = as_mode(image, "RGB")
         picture.thumbnail((_CELL, _CELL))
-        pictures.append((picture, [prediction.path.name, *map(str, prediction.top)]))
         folder = prediction.path.absolute().parent.name
         is_known = folder in (classes or [])
-        colours.append([PLAIN, (RIGHT if prediction.top[0].name == folder else WRONG) if is_known else PLAIN, PLAIN])
-    write_png(contact_sheet(pictures, _COLUMNS, _CELL, colours), path)
+        colour = (RIGHT if prediction.top[0].name == folder else WRONG) if is_known else PLAIN
+        first, *others = map(str, prediction.top)
+        lines = [(prediction.path.name, PLAIN), (first, colour), *((other, PLAIN) for other in others)]
+        pictures.append((picture, lines))
+    write_png(contact_sheet(pictures, _COLUMNS, _CELL), path)

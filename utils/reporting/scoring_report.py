@@ -176,11 +176,10 @@ def _cells(row: Iterable[Any]) -> list[str]:
 
 
 def _draw_mistakes(path: Path, found: Findings, pictures: Pictures) -> None:
-    outcomes, shown, captions = found.outcomes, [], []
+    outcomes, shown = found.outcomes, []
     for index in found.mistakes:
         said = f"{outcomes.confidences[index]:.1%} {found.labels[outcomes.predictions[index]]}"
         truth = f"{outcomes.target_probabilities[index]:.1%} {found.labels[outcomes.targets[index]]}"
-        captions.append([said, truth, Path(found.names[index]).name])
         try:
             image, _ = pictures.read(int(index))
             image.load()
@@ -190,6 +189,5 @@ def _draw_mistakes(path: Path, found: Findings, pictures: Pictures) -> None:
             raise UserError(
                 f"{found.names[index]} cannot be read again ({reason(error)}): is it still there?"
             ) from None
-        shown.append(image)
-    colours = [(WRONG, RIGHT, PLAIN)] * len(shown)
-    write_png(contact_sheet(list(zip(shown, captions, strict=True)), _COLUMNS, _SIDE, colours), path)
+        shown.append((image, [(said, WRONG), (truth, RIGHT), (Path(found.names[index]).name, PLAIN)]))
+    write_png(contact_sheet(shown, _COLUMNS, _SIDE), path)
