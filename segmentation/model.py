@@ -85,9 +85,13 @@ def build_segmenter(config: CfgNode, num_classes: int) -> Segmenter:
         if decoder.NAME == "upernet":
             parts = smp.UPerNet(name, decoder_channels=decoder.CHANNELS, **settings)
         else:
-            channels = {"pyramid": decoder.CHANNELS, "segmentation": decoder.CHANNELS // 2}
-            settings |= {f"decoder_{part}_channels": count for part, count in channels.items()}
-            parts = smp.FPN(name, decoder_dropout=0.0, **settings)
+            parts = smp.FPN(
+                name,
+                decoder_pyramid_channels=decoder.CHANNELS,
+                decoder_segmentation_channels=decoder.CHANNELS // 2,
+                decoder_dropout=0.0,
+                **settings,
+            )
     except ValueError as error:
         raise UserError(f"MODEL.GMA: {error}") from None
     aux_channels = decoder.AUX_CHANNELS if decoder.AUX_WEIGHT > 0 else 0
