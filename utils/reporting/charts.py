@@ -56,14 +56,12 @@ def _with_names(matrix: np.ndarray, names: list[str]) -> Figure:
     norm = _draw_counts(axis, axis.inset_axes((1 + 0.3 / width, 0, 0.4 / width, 1)), matrix, _FAINT)
     said = ([_shorten(name) for name in names] + [_OTHERS])[:columns]
     axis.set_yticks(range(rows), said[:rows], fontsize=size, parse_math=False)
-    is_short = max(map(len, said)) <= _LONGEST_LEVEL
-    turned = {} if is_short and is_numbered else {"rotation": 90}
-    axis.set_xticks(range(columns), said, fontsize=size, parse_math=False, **turned)
-    axis.tick_params(length=0)
+    is_level = is_numbered and max(map(len, said)) <= _LONGEST_LEVEL
+    axis.set_xticks(range(columns), said, fontsize=size, parse_math=False, rotation=0 if is_level else 90)
     axis.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
     axis.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
     axis.grid(which="minor", color="#e4e4e4", linewidth=0.6)
-    axis.tick_params(which="minor", length=0)
+    axis.tick_params(which="both", length=0)
     if is_numbered:
         for row, column in zip(*matrix.nonzero(), strict=True):
             count = matrix[row, column]
