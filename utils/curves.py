@@ -54,5 +54,5 @@ def _draw(axis: Axes, lines: list[dict[str, Any]], curves: dict[str, tuple[str, 
     axis.set_title(title, fontsize=10, loc="left")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    if axis.get_legend_handles_labels()[1] and any(label for label, _ in curves.values()):
+    if axis.get_legend_handles_labels()[1]:
         axis.legend(fontsize=8, frameon=False)
