@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from statistics import fmean
 from typing import ClassVar
 
 import torch
@@ -62,7 +63,7 @@ class SegmentationScore:
 
 def _mean(values: list[float]) -> float:
     known = [value for value in values if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else 0.0
+    return fmean(known) if known else 0.0
 
 
 class SegmentationSums:

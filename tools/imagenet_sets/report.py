@@ -1,8 +1,8 @@
 """What a network reached on ImageNet's sets, as Markdown tables and as JSON."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from tools.imagenet_sets.corruption_error import ALEXNET_ERRORS, SEVERITIES, corruption_error, relative_corruption_error
@@ -43,7 +43,7 @@ def corruption_row(corruption: str, scores: Mapping[int, Score], clean: Score | 
     return CorruptionRow(
         images=sum(score.images for score in scores.values()),
         errors={severity: 100 * share for severity, share in shares.items()},
-        error=100 * _mean(errors) if is_whole else None,
+        error=100 * fmean(errors) if is_whole else None,
         ce=corruption_error(corruption, errors) if is_whole else None,
         relative_ce=relative_corruption_error(corruption, errors, _error(clean)) if is_whole and clean else None,
     )
@@ -57,20 +57,16 @@ def mean_row(rows: Mapping[str, CorruptionRow]) -> CorruptionRow | None:
     has_relative = all(row.relative_ce is not None for row in every)
     return CorruptionRow(
         images=sum(row.images for row in every),
-        errors={severity: _mean([row.errors[severity] for row in every]) for severity in SEVERITIES},
-        error=_mean([row.error for row in every]),
-        ce=_mean([row.ce for row in every]),
-        relative_ce=_mean([row.relative_ce for row in every]) if has_relative else None,
+        errors={severity: fmean(row.errors[severity] for row in every) for severity in SEVERITIES},
+        error=fmean(row.error for row in every),
+        ce=fmean(row.ce for row in every),
+        relative_ce=fmean(row.relative_ce for row in every) if has_relative else None,
     )
 
 
 def _error(score: Score) -> float:
     """Top-1 error as a share."""
     return (score.images - score.correct1) / score.images
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def sets_table(scores: Iterable[tuple[PlannedSet, Score]]) -> str:
