@@ -42,19 +42,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there too")
     arguments = parser.parse_args()
     check_report(arguments.json)
-    configs = Path(__file__).resolve().parent.parent / "configs"
-    paths = [arguments.cfg] if arguments.cfg else [configs / f"{name}.yaml" for name in _PUBLISHED]
-    counts = {}
-    for path in paths:
-        name, size, result = count_config(path, arguments.img_size)
-        counts[name] = result
-        if arguments.cfg:
-            print_modules(name, size, result, arguments.depth)
-    if not arguments.cfg:
+    if arguments.cfg:
+        name, size, result = count_config(arguments.cfg, arguments.img_size)
+        print_modules(name, size, result, arguments.depth)
+        written = asdict(result)
+    else:
+        configs = Path(__file__).resolve().parent.parent / "configs"
+        counts = {name: count_config(configs / f"{name}.yaml", arguments.img_size)[2] for name in _PUBLISHED}
         print_sizes(counts)
-    if arguments.json:
         written = {name: asdict(result) for name, result in counts.items()}
-        write_json(arguments.json, written[name] if arguments.cfg else written)
+    if arguments.json:
+        write_json(arguments.json, written)
 
 
 def count_config(path: Path, size: int | None) -> tuple[str, int, Counts]:
