@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from yacs.config import CfgNode
 
 from utils.config import check, check_folder, default_config, load_config, merge_options, merge_value
-from utils.errors import BrokenDataError, OneRankError, Stopped, UserError, reason
+from utils.errors import BrokenDataError, OneRankError, Stopped, UserError, is_out_of_memory, reason
 
 # flag -> the key that it overrides
 _KEYS = {
@@ -244,7 +244,7 @@ def run(main: Callable[[], None]) -> None:
         message = str(error).splitlines()[-1].removeprefix(f"{BrokenDataError.__module__}.{BrokenDataError.__name__}: ")
         _fail(message, of_all_ranks=not isinstance(error, OneRankError))
     except RuntimeError as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             _fail(
                 f"memory ran out ({reason(error).partition('. GPU')[0]}): make batches smaller (--batch-size), or in "
                 "training recompute activations (TRAIN.USE_CHECKPOINT)",
@@ -273,11 +273,6 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch found no memory, on a GPU or on a CPU; by name, as not every program imports torch."""
-    return type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
 
 
 def _fail(message: str, of_all_ranks: bool) -> NoReturn:

@@ -42,6 +42,11 @@ def reason(error: BaseException) -> str:
     return f"{name} {first}" if isinstance(error, KeyError) else first  # whose text is the key alone
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch found no memory, on a GPU or on a CPU; by name, as not every program imports torch."""
+    return type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+
+
 def not_written(path: Path, error: Exception) -> UserError:
     """What to raise where a file or folder cannot be written."""
     hint = "free some space or " if getattr(error, "errno", None) in (None, *_NO_ROOM) else ""

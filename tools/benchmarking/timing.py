@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from utils.errors import reason
+from utils.errors import is_out_of_memory, reason
 from utils.throughput import wait
 
 Key = TypeVar("Key", bound=Hashable)
@@ -79,5 +79,4 @@ def in_turn(keys: Iterable[Key], turn: int) -> list[Key]:
 def why_it_failed(error: Exception) -> str:
     """What became of a step, in a few words where memory ran out and else in a line."""
     torch.cuda.empty_cache()  # does nothing where CUDA was not used
-    text = reason(error)
-    return "out of memory" if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text else text
+    return "out of memory" if is_out_of_memory(error) else reason(error)
